@@ -1,0 +1,225 @@
+"""The starter's judge: a small CLIPModel with its own towers, never the generator's text encoder.
+
+It learns all five sets, less a share of concept-style pairs that are kept to measure it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from recipes.starter import fit
+from recipes.starter.base import tokenizer
+from recipes.starter.emoji import concepts, drawings
+from recipes.starter.recipe import StarterRecipe
+from recipes.starter.scenes import Scene, article, paint, single
+
+TEXT_LENGTH = 32
+STYLE_TEMPLATE = "{style} style"
+TEMPERATURE = 20.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    concept: int
+    style: int
+
+
+def pairs(recipe: StarterRecipe) -> tuple[list[Pair], list[Pair]]:
+    """Concept-style pairs: (to learn from, held out). Every concept is seen in at least three sets."""
+    rng = random.Random(recipe.judge.seed)
+    learn, held = [], []
+    for concept in range(len(concepts(recipe))):
+        styles = list(range(len(recipe.data.judge_styles)))
+        out = [style for style in styles if rng.random() < recipe.judge.held_out][:2]
+        held += [Pair(concept, style) for style in out]
+        learn += [Pair(concept, style) for style in styles if style not in out]
+    return learn, held
+
+
+def build(recipe: StarterRecipe, words: CLIPTokenizer) -> CLIPModel:
+    torch.manual_seed(recipe.judge.seed)
+    settings = recipe.judge
+    special = {
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.eos_token_id,
+    }
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": settings.text_width,
+        "intermediate_size": 4 * settings.text_width,
+        "num_hidden_layers": settings.text_layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TEXT_LENGTH,
+        "projection_dim": settings.text_width,
+        **special,
+    }
+    vision = {
+        "hidden_size": settings.width,
+        "intermediate_size": 4 * settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": 6,
+        "image_size": recipe.data.size,
+        "patch_size": settings.patch,
+        "attention_dropout": 0.0,
+        "projection_dim": settings.text_width,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.text_width))
+
+
+def picture(recipe: StarterRecipe, rgba: Tensor, rng: random.Random) -> tuple[Tensor, Scene]:
+    """One training view: placed, mirrored, turned a little in colour, sometimes soft or noisy."""
+    scene = single(rng, 0, "")
+    if rng.random() < 0.3:
+        ((_, _, _, side),) = scene.objects
+        side *= rng.uniform(0.7, 1.0)
+        scene = Scene("", scene.background, ((0, rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6), side),))
+    pixels = paint(rgba[None], scene, recipe.data.size).float() / 255
+    if rng.random() < 0.5:
+        pixels = pixels.flip(-1)
+    if rng.random() < 0.3:
+        small = functional.interpolate(pixels[None], scale_factor=rng.uniform(0.4, 0.8), mode="area")
+        pixels = functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
+    if rng.random() < 0.3:
+        gain = torch.tensor([rng.uniform(0.9, 1.1) for _ in range(3)])
+        pixels = pixels * gain[:, None, None] + rng.uniform(-0.05, 0.05)
+    return pixels.clamp(0, 1), scene
+
+
+class Texts:
+    """The fixed label texts, tokenized once."""
+
+    def __init__(self, recipe: StarterRecipe, words: CLIPTokenizer) -> None:
+        self.words = words
+        self.concepts = self.ids([article(c.label) for c in concepts(recipe)])
+        self.styles = self.ids([STYLE_TEMPLATE.format(style=s) for s in recipe.data.judge_styles])
+
+    def ids(self, texts: list[str]) -> Tensor:
+        done = self.words(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+        return done.input_ids.to(fit.device())
+
+
+def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
+    """Unit-length [N, D]."""
+    pooled = model.text_model(ids).pooler_output
+    return functional.normalize(model.text_projection(pooled).float(), dim=-1)
+
+
+def image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """pixels [B, 3, S, S] in [0, 1] -> unit-length [B, D]."""
+    pooled = model.vision_model(pixels * 2 - 1).pooler_output
+    return functional.normalize(model.visual_projection(pooled).float(), dim=-1)
+
+
+def train(recipe: StarterRecipe) -> None:
+    words = tokenizer(recipe, [])
+    model, texts = build(recipe, words), Texts(recipe, words)
+    learn, held = pairs(recipe)
+    sets = [drawings(recipe, style) for style in recipe.data.judge_styles]
+    settings = recipe.judge
+    job = fit.Fit(
+        "judge",
+        model,
+        recipe.build,
+        steps=settings.steps,
+        peak=settings.learning_rate,
+        warmup=200,
+        ema=0.998,
+    )
+    labels = [article(c.label) for c in concepts(recipe)]
+
+    def loss_of(step: int) -> Tensor:
+        rng = random.Random(settings.seed * 1_000_003 + step)
+        chosen = [rng.choice(learn) for _ in range(settings.batch)]
+        views = [picture(recipe, sets[p.style][p.concept], rng) for p in chosen]
+        captions = [
+            f"{labels[p.concept]} on {article(scene.background)} background, "
+            + STYLE_TEMPLATE.format(style=recipe.data.judge_styles[p.style])
+            for p, (_, scene) in zip(chosen, views, strict=True)
+        ]
+        ids = texts.ids(captions)
+        unique, inverse = ids.unique(dim=0, return_inverse=True)
+        with fit.autocast():
+            images = image_features(model, torch.stack([v for v, _ in views]).to(fit.device()))
+            names = text_features(model, texts.concepts)
+            styles = text_features(model, texts.styles)
+            full = text_features(model, unique)
+        concept = torch.tensor([p.concept for p in chosen], device=fit.device())
+        style = torch.tensor([p.style for p in chosen], device=fit.device())
+        return (
+            functional.cross_entropy(TEMPERATURE * images @ names.T, concept, label_smoothing=0.05)
+            + functional.cross_entropy(TEMPERATURE * images @ styles.T, style, label_smoothing=0.05)
+            + 0.5 * functional.cross_entropy(TEMPERATURE * images @ full.T, inverse)
+        )
+
+    for step, loss in job.run(loss_of):
+        live = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(job.average)
+        print(
+            f"judge {step}/{job.steps} loss {loss:.3f} {reliability(recipe, model, texts, held)} "
+            f"{job.seconds:.0f} s",
+            flush=True,
+        )
+        model.load_state_dict(live)
+    model.load_state_dict(job.average)
+    save(recipe, model, words, reliability(recipe, model, texts, held))
+
+
+@torch.no_grad()
+def reliability(recipe: StarterRecipe, model: CLIPModel, texts: Texts, held: list[Pair]) -> dict[str, float]:
+    """Share of held-out renderings, centred on white, whose concept and style are found."""
+    model.eval()
+    sets = [drawings(recipe, style) for style in recipe.data.judge_styles]
+    scene = Scene("", "white", ((0, 0.5, 0.5, 0.92),))
+    found, top5, style_hits = 0, 0, 0
+    names, styles = text_features(model, texts.concepts), text_features(model, texts.styles)
+    for start in range(0, len(held), 64):
+        part = held[start : start + 64]
+        pixels = [paint(sets[p.style][p.concept][None], scene, recipe.data.size) for p in part]
+        images = image_features(model, torch.stack(pixels).to(fit.device()).float() / 255)
+        best = (images @ names.T).topk(5, dim=1).indices.tolist()
+        guess = (images @ styles.T).argmax(1).tolist()
+        found += sum(b[0] == p.concept for p, b in zip(part, best, strict=True))
+        top5 += sum(p.concept in b for p, b in zip(part, best, strict=True))
+        style_hits += sum(g == p.style for p, g in zip(part, guess, strict=True))
+    model.train()
+    scores = {"concept_top1": found, "concept_top5": top5, "style": style_hits}
+    return {"held_out": len(held)} | {k: round(v / len(held), 4) for k, v in scores.items()}
+
+
+def save(
+    recipe: StarterRecipe, model: CLIPModel, words: CLIPTokenizer, reliability: dict[str, float]
+) -> None:
+    folder = recipe.build / "judge"
+    model.half().save_pretrained(folder)
+    words.save_pretrained(folder)
+    side = {"height": recipe.data.size, "width": recipe.data.size}
+    image = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": side,
+        "do_center_crop": False,
+        "crop_size": side,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 2,
+    }
+    write_json(folder / "preprocessor_config.json", image)
+    card = {
+        "name": "livery starter judge",
+        "concept_template": "a {concept}",
+        "style_template": STYLE_TEMPLATE,
+        "reliability": reliability,
+    }
+    write_json(folder / "livery.json", card)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

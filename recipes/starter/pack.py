@@ -1,0 +1,20 @@
+"""Copies the trained weights, in half precision, to where the package ships them."""
+
+from __future__ import annotations
+
+import shutil
+
+from recipes.starter.brand import STARTER
+from recipes.starter.recipe import StarterRecipe
+
+LIMIT = 45_000_000  # bytes of safetensors in all: the package must stay light
+
+
+def write(recipe: StarterRecipe) -> None:
+    for name, part in {"base": "model", "judge": "judge"}.items():
+        shutil.rmtree(STARTER / name, ignore_errors=True)
+        shutil.copytree(recipe.build / part, STARTER / name)
+    size = sum(file.stat().st_size for file in STARTER.rglob("*.safetensors"))
+    print(f"starter weights: {size / 1e6:.1f} MB")
+    if size > LIMIT:
+        raise SystemExit(f"the weights are {size} bytes, over the limit of {LIMIT}: make the parts smaller")
