@@ -89,3 +89,8 @@ def test_looking_at_names_imports_no_torch() -> None:
         "import sys; from livery import plugins; list(plugins.families()); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_everything_that_ships_can_be_imported() -> None:
+    for registry in (plugins.families(), plugins.tuners(), plugins.metrics()):
+        assert all(registry[name] for name in registry)
