@@ -1,0 +1,1 @@
+"""Drawing: a resident base, adapters swapped in and out, prompts in batches."""

@@ -1,0 +1,74 @@
+"""What the machine offers a model: which precision pays, how much memory was used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def resolve(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Turn "auto" into what pays on this device.
+
+    bf16 pays where the processor multiplies it in hardware: CUDA cards since Ampere, CPUs with
+    AVX512-BF16 or AMX. Elsewhere it is emulated and slower than fp32.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16" if _has_bf16(device) else "fp32"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+@contextmanager
+def autocast(device: torch.device, precision: Precision, cells: int) -> Iterator[None]:
+    """Matrix products and convolutions in bf16 where asked for or where it pays; weights stay as they are.
+
+    On a CPU, bf16 attention over few latent cells is faster written out than fused. `cells` counts
+    the latent cells of one picture; above 1024 the written-out scores would take too much memory.
+    """
+    if resolve(precision, device) == "fp32":
+        yield
+        return
+    plain = device.type == "cpu" and cells <= 1024
+    with (
+        torch.autocast(device.type, torch.bfloat16),
+        sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
+    ):
+        yield
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: of the card on CUDA, else of this process; 0 where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no getrusage
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def device_name(device: torch.device) -> str:
+    """For records: "cuda: NVIDIA H200", "cpu: AMD EPYC, 2 cores"."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return device.type
+    name = str(torch.cpu.get_capabilities().get("cpu_name") or "unnamed")
+    return f"cpu: {name}, {os.cpu_count()} cores"

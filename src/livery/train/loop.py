@@ -1,0 +1,106 @@
+"""The training loop's frame: check, encode, attach, run, and leave the base as it was found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from livery.models.backbone import Backbone
+from livery.nouns import Dataset, Event, LiveryError, Note, Photo, Progress, Recipe
+from livery.train import checkpoint
+from livery.train.batches import captions_of
+from livery.train.cache import Encodings, TensorCache
+from livery.train.learner import Learner
+from livery.train.session import Draw, Outlets, Session
+from livery.tuners.tuner import attach_all, build
+
+
+def train(
+    recipe: Recipe,
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    pixels: Callable[[Photo], Image.Image],
+    folder: Path,
+    cache: Path | None = None,
+    put_blob: Callable[[bytes], str] | None = None,
+    draw: Draw | None = None,
+    resume: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train what the recipe's tuners change; the last event is Trained.
+
+    `folder` holds the run's checkpoints and `adapter.safetensors`; `cache` (default inside it) holds
+    encodings and is best shared by all runs. `draw` makes the samples. With `resume`, a run goes on
+    from its last checkpoint, and on a CPU ends in the same bytes as if it had never stopped; without,
+    checkpoints in the folder are deleted. When `should_stop` answers true, or on an interrupt, a
+    checkpoint is written and the run ends without Trained. The backbone is left as it was found.
+
+    Raises LiveryError: no photo to train on, a resolution that does not fit the base, a checkpoint of
+    another run, a loss that is not finite.
+    """
+    began = time.monotonic()
+    side = _side(recipe, backbone)
+    identity = checkpoint.Identity(recipe=recipe.id, dataset=dataset.id, base=backbone.sha256)
+    _require_photos(dataset)
+    if not resume:
+        checkpoint.clear(folder)
+    found = checkpoint.latest(folder, identity, backbone.device)
+    yield from _notes(recipe, dataset, draw)
+    tuners = [build(spec) for spec in recipe.tuners]
+    towers_train = any("towers" in each.touches for each in tuners)
+    store = TensorCache(cache or folder / "cache")
+    encodings = Encodings(backbone, store, pixels, side, towers_train=towers_train)
+    for progress in _encode(recipe, dataset, encodings):
+        yield progress
+        if should_stop():
+            return
+    attached = attach_all(tuners, backbone, recipe.seed)
+    try:
+        learner = Learner(recipe, backbone, attached, dataset.split("train"), encodings)
+        outlets = Outlets(folder, put_blob, draw)
+        session = Session(identity, recipe, backbone, dataset, learner, encodings, outlets)
+        yield from session.run(found, began, should_stop)
+    finally:
+        attached.undo()
+
+
+def _side(recipe: Recipe, backbone: Backbone) -> int:
+    """The side in pixels of the squares that pictures are cut to."""
+    side, factor = recipe.resolution or backbone.resolution, backbone.latent.factor
+    if side % factor:
+        near = max(1, round(side / factor)) * factor
+        raise LiveryError(f"resolution {side} is not a multiple of {factor}, as this base needs: try {near}.")
+    return side
+
+
+def _require_photos(dataset: Dataset) -> None:
+    if not dataset.split("train"):
+        raise LiveryError(
+            f"dataset '{dataset.name}' has no photo in its split 'train': add some to learn from."
+        )
+
+
+def _notes(recipe: Recipe, dataset: Dataset, draw: Draw | None) -> Iterator[Note]:
+    """What the user should know before the first step."""
+    if recipe.validate_every and not dataset.split("validation"):
+        yield _warning("No photo is held out, so there is no validation loss to tell learning from copying.")
+    bare = sum(not photo.caption for photo in dataset.split("train"))
+    if bare:
+        yield _warning(f"{bare} photos to learn from have no caption: prompts will steer the result less.")
+    if recipe.sample_every and not (draw and recipe.sample_prompts):
+        yield _warning("No samples are drawn on the way: the recipe names no sample_prompts.")
+
+
+def _warning(text: str) -> Note:
+    return Note(level="warning", text=text)
+
+
+def _encode(recipe: Recipe, dataset: Dataset, encodings: Encodings) -> Iterator[Progress]:
+    """Encode what the run will read: all captions, and the empty one where captions are dropped."""
+    photos = [*dataset.split("train"), *(dataset.split("validation") if recipe.validate_every else ())]
+    captions = {caption for photo in photos for caption in captions_of(photo, recipe.trigger)}
+    return encodings.fill(photos, captions | ({""} if recipe.caption_dropout else set()))
