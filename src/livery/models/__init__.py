@@ -1,0 +1,1 @@
+"""What a model is: the backbone, its families, and the noise law."""
