@@ -18,6 +18,8 @@ from pathlib import Path
 from livery.nouns import Dataset, Photo
 from livery.store import Store
 
+CONTENT = 50_000  # bytes of a blob
+
 
 def write_blob(store: Store, content: bytes) -> str:
     return store.put_blob(content)
@@ -54,26 +56,28 @@ WRITES: dict[str, Callable[[Store, bytes], str]] = {
 
 
 def victim(root: Path, write: Callable[[Store, bytes], str], said: int) -> None:
-    """Write for ever, saying each result down the pipe once it is promised to be kept."""
+    """Write for ever. Say how long a write takes, and then each result once it is promised to be kept."""
     store = Store(root)
-    os.write(said, b"ready\n")
+    write(store, os.urandom(CONTENT))  # the first is slow: it opens connections and compiles queries
+    start = time.perf_counter()
+    first = write(store, os.urandom(CONTENT))
+    os.write(said, f"{time.perf_counter() - start}\n{first}\n".encode())
     while True:
-        os.write(said, f"{write(store, os.urandom(50_000))}\n".encode())
+        os.write(said, f"{write(store, os.urandom(CONTENT))}\n".encode())
 
 
-def kill_one(root: Path, write: Callable[[Store, bytes], str], delay: float) -> list[str]:
-    """Fork a victim, kill -9 it `delay` seconds after it got ready, and return what it said it had kept."""
+def kill_one(root: Path, write: Callable[[Store, bytes], str]) -> list[str]:
+    """Fork a victim, kill -9 it at a random moment of its next writes, return what it said was kept."""
     heard, said = os.pipe()
     if not (pid := os.fork()):
         victim(root, write, said)
     os.close(said)
     with os.fdopen(heard, "rb") as pipe:
-        lines = [pipe.readline()]
-        time.sleep(delay)
+        seconds = float(pipe.readline())
+        time.sleep(random.uniform(0, min(3 * seconds, 0.5)))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        lines += pipe.readlines()
-    return [line.decode().strip() for line in lines if line.endswith(b"\n")][1:]
+        return [line.decode().strip() for line in pipe.readlines() if line.endswith(b"\n")]
 
 
 def look(root: Path, kind: str, kept: list[str]) -> list[str]:
@@ -104,7 +108,7 @@ def main() -> None:
     kept = 0
     for turn in range(kills):
         root = folder / f"workspace-{turn // 10}"  # a fresh one now and then keeps the looking short
-        lines = kill_one(root, WRITES[kind], random.uniform(0, 0.2 if kind == "open" else 0.08))
+        lines = kill_one(root, WRITES[kind])
         kept += len(lines)
         wrong += look(root, kind, lines)
     halves = sum(1 for _ in folder.glob("*/tmp/*"))

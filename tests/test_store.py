@@ -318,11 +318,11 @@ def test_kill_9_leaves_the_workspace_readable(tmp_path: Path, write: str) -> Non
     """50 writers of each kind die at random moments: what they were promised is kept, nothing is broken."""
     victim = Path(__file__).with_name("store_victim.py")
     command = [sys.executable, str(victim), str(tmp_path), write, "50"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["wrong"] == []
-    assert result["kept"] >= 5, "the victims died before they wrote anything"
+    assert result["kept"] >= 50, "the victims died before they wrote anything"
     assert not result["torch"]
     if write.startswith("blob"):
         assert result["halves"] > 5, "the kills did not fall into writes"
