@@ -1,4 +1,4 @@
-"""`python -m recipes.starter STAGE`: vae, polish, base, judge, brand, pack, measure, or all of them in order."""
+"""`python -m recipes.starter STAGE [STAGE ...]`, or `all`: see STAGES for their names and order."""
 
 from __future__ import annotations
 

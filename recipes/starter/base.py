@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -73,13 +74,14 @@ def tokenizer(recipe: StarterRecipe, scenes: list[Scene]) -> CLIPTokenizer:
 class Generator(nn.Module):
     """The two parts that train together."""
 
-    def __init__(self, recipe: StarterRecipe, vocabulary: int, bos: int, eos: int) -> None:
+    def __init__(self, recipe: StarterRecipe, words: CLIPTokenizer) -> None:
         super().__init__()
         torch.manual_seed(recipe.base.seed)
         channels = recipe.base.unet_channels
+        bos, eos = cast(int, words.bos_token_id), cast(int, words.eos_token_id)
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=vocabulary,
+                vocab_size=len(words),
                 hidden_size=recipe.base.text_width,
                 intermediate_size=4 * recipe.base.text_width,
                 num_hidden_layers=recipe.base.text_layers,
@@ -110,7 +112,7 @@ class Generator(nn.Module):
         return self.unet(noisy, t, tokens).sample
 
 
-def scheduler() -> DDPMScheduler:
+def scheduler() -> Any:
     """Stable Diffusion's schedule; v-prediction, so that plain backgrounds come out plain."""
     return DDPMScheduler(
         beta_start=0.00085,
@@ -126,7 +128,7 @@ def train(recipe: StarterRecipe) -> None:
     scenes = bank(recipe)
     clean, words = latents(recipe, scenes), tokenizer(recipe, scenes)
     captions, law = Captions(concepts(recipe)), scheduler()
-    model = Generator(recipe, len(words), words.bos_token_id, words.eos_token_id)
+    model = Generator(recipe, words)
     settings = recipe.base
     job = fit.Fit(
         "base",
@@ -166,9 +168,7 @@ def train(recipe: StarterRecipe) -> None:
     save(recipe, model, job, words, law)
 
 
-def save(
-    recipe: StarterRecipe, model: Generator, job: fit.Fit, words: CLIPTokenizer, law: DDPMScheduler
-) -> None:
+def save(recipe: StarterRecipe, model: Generator, job: fit.Fit, words: CLIPTokenizer, law: Any) -> None:
     """Write the averaged weights as a diffusers folder, beside the autoencoder."""
     live = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(job.average)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from pathlib import Path
 
 from PIL import Image
 
@@ -97,6 +96,7 @@ def slug(label: str) -> str:
 def suite(recipe: StarterRecipe, parts: dict[str, list[Concept]]) -> str:
     """The suite as TOML; pictures are named by file, relative to the folder."""
     truth = parts["truth"]
+    references = sorted(f"validation/{slug(c.label)}.png" for c in parts["validation"])
     lines = [
         "# Made by `python -m recipes.starter brand`.",
         'name = "openmoji"',
@@ -105,7 +105,7 @@ def suite(recipe: StarterRecipe, parts: dict[str, list[Concept]]) -> str:
         "seeds = [0, 1]",
         f"style_prompts = {json.dumps(STYLE_PROMPTS, indent=2)}",
         f"concepts = {json.dumps([c.label for c in concepts(recipe)], ensure_ascii=False)}",
-        f"references = {json.dumps(sorted('validation/' + slug(c.label) + '.png' for c in parts['validation']))}",
+        f"references = {json.dumps(references)}",
     ]
     for table, chosen in (
         ("questions", truth[:QUESTIONS]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,21 +16,25 @@ from recipes.starter.emoji import drawings
 from recipes.starter.recipe import StarterRecipe
 from recipes.starter.scenes import Scene, paint, several, single
 
+Vae = Any
+"""An AutoencoderKL; its own annotations are too narrow to check against."""
 
-def build(recipe: StarterRecipe) -> AutoencoderKL:
+
+def build(recipe: StarterRecipe) -> Vae:
     torch.manual_seed(recipe.vae.seed)
     levels = len(recipe.vae.channels)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(recipe.vae.channels),
-        layers_per_block=1,
-        latent_channels=recipe.vae.latent_channels,
-        norm_num_groups=8,
-        sample_size=recipe.data.size,
-    )
+    config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": recipe.vae.channels,
+        "layers_per_block": 1,
+        "latent_channels": recipe.vae.latent_channels,
+        "norm_num_groups": 8,
+        "sample_size": recipe.data.size,
+    }
+    return AutoencoderKL.from_config(config)
 
 
 def outlined(rgba: Tensor, width: int, ink: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def reconstruct(vae: Vae, pictures: Tensor) -> Tensor:
     out = []
     for part in pictures.split(32):
         with fit.autocast():
@@ -125,7 +130,7 @@ def train(recipe: StarterRecipe) -> None:
     finish(recipe, vae, job)
 
 
-def finish(recipe: StarterRecipe, vae: AutoencoderKL, job: fit.Fit) -> None:
+def finish(recipe: StarterRecipe, vae: Vae, job: fit.Fit) -> None:
     """Measure the latents' spread, so that scaled latents have unit variance, and save."""
     vae.load_state_dict(job.average)
     seen = torch.cat([unseen(recipe, style)[::4] for style in recipe.data.base_styles])
@@ -172,5 +177,6 @@ def polish(recipe: StarterRecipe) -> None:
         )
 
 
-def load(folder: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder).to(fit.device()).eval().requires_grad_(False)
+def load(folder: Path) -> Vae:
+    vae: Vae = AutoencoderKL.from_pretrained(folder)
+    return vae.to(fit.device()).eval().requires_grad_(False)

@@ -188,6 +188,13 @@ class Adapter(Noun):
     card: AdapterCard
 
 
+def with_trigger(caption: str, trigger: str) -> str:
+    """The caption with the trigger words behind it, unless they are in it already (in any case)."""
+    if not trigger or trigger.casefold() in caption.casefold():
+        return caption
+    return f"{caption}, {trigger}" if caption else trigger
+
+
 # ----------------------------------------------------------------------------- events
 
 
@@ -269,6 +276,24 @@ class Evaluated(Noun):
 
     kind: Literal["evaluated"] = "evaluated"
     report: Report
+
+
+class Drawn(Noun):
+    """One picture that was asked for; `sha256` is its PNG blob."""
+
+    kind: Literal["drawn"] = "drawn"
+    prompt: str
+    seed: NonNegativeInt
+    adapter: Sha256 | None = None
+    sha256: Sha256
+
+
+class Written(Noun):
+    """A file or folder was written for the user to open."""
+
+    kind: Literal["written"] = "written"
+    what: str
+    path: str
 
 
 class Run(Noun):
@@ -397,14 +422,14 @@ Event = Annotated[
     | Saved
     | Ingested
     | Trained
-    | Evaluated,
+    | Evaluated
+    | Drawn
+    | Written,
     Field(discriminator="kind"),
 ]
 
 for _late in (Trained, Evaluated):
     _late.model_rebuild()
 
-STORED: dict[str, type[Noun]] = {
-    noun.__name__: noun for noun in (Dataset, Adapter, Run, Suite, Report)
-}
+STORED: dict[str, type[Noun]] = {noun.__name__: noun for noun in (Dataset, Adapter, Run, Suite, Report)}
 """The nouns that the store keeps, by name."""

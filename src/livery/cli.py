@@ -1,0 +1,258 @@
+"""The command line: parse, call one Studio method, show its events. No rule lives here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from livery.nouns import Evaluated, Event, LiveryError, Noun, Recipe
+from livery.screen import Screen, card, findings_table, nouns_table
+from livery.store import Store, default_root
+from livery.studio import Studio, read_recipe
+
+EXIT_ERROR, EXIT_NOT_PASSED, EXIT_INTERRUPTED = 1, 3, 130
+
+app = typer.Typer(
+    name="livery",
+    help="Teach Stable Diffusion a team's own visual identity, and prove that it learned it.",
+    epilog="Exit codes: 0 done; 1 something to mend, said in one line; 2 wrong usage; "
+    "3 evaluated, and --require-pass was not met; 130 interrupted (the work can go on from there).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Workspace = Annotated[
+    Path | None,
+    typer.Option("--workspace", "-w", help="Folder that holds everything. [default: LIVERY_HOME or .livery]"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON event per line, for scripts.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Network = Annotated[bool, typer.Option("--allow-network", help="Let a hub id be downloaded.")]
+Kind = Literal["Dataset", "Adapter", "Run", "Suite", "Report"]
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Argument(help="A folder or zip: pictures with captions beside them.")],
+    name: Annotated[str | None, typer.Option(help="Name of the dataset. [default: the folder's]")] = None,
+    background: Annotated[str, typer.Option(help="Colour that transparency is laid on.")] = "#ffffff",
+    validation: Annotated[float, typer.Option(help="Share of the pictures to hold out.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Chooses which are held out.")] = 0,
+    require_captions: Annotated[
+        bool, typer.Option("--require-captions", help="Refuse pictures without a caption.")
+    ] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Refuse larger pictures. [default: 64 million]")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of pictures that name none.")] = None,
+    attribution: Annotated[str | None, typer.Option(help="Whom to credit, likewise.")] = None,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a folder or zip of pictures into a Dataset."""
+    events = _studio(workspace).ingest(
+        source,
+        name=name,
+        background=background,
+        validation=validation,
+        seed=seed,
+        require_captions=require_captions,
+        max_pixels=max_pixels,
+        licence=licence,
+        attribution=attribution,
+    )
+    _show(events, as_json)
+
+
+@app.command()
+def show(
+    reference: Annotated[str, typer.Argument(help="An id, its first 4 or more digits, or an alias.")],
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a Dataset, Adapter, Run, Suite or Report is."""
+    noun = _studio(workspace).show(reference)
+    _print(noun, as_json)
+
+
+@app.command("list")
+def list_nouns(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the Datasets, Adapters, Runs, Suites or Reports of the workspace, newest first."""
+    nouns = _studio(workspace).list(kind)
+    if as_json:
+        for noun in nouns:
+            _print(noun, as_json)
+    else:
+        Console().print(nouns_table(nouns))
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")
+    ] = None,
+    data: Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")] = ...,  # pyright: ignore[reportArgumentType]
+    base: Annotated[
+        str | None, typer.Option(help="starter, a diffusers folder, or a hub id; overrides the recipe.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on from the last checkpoint, or begin again.")
+    ] = True,
+    device: Device = "auto",
+    allow_network: Network = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train an Adapter on a Dataset. The same recipe on the same data goes on where it stopped."""
+    chosen = read_recipe(recipe) if recipe else Recipe()
+    chosen = chosen.model_copy(update={"base": base}) if base else chosen
+    _show(_studio(workspace, device, allow_network).train(chosen, data, resume=resume), as_json)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="What to draw; several are fine.")],
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Id or alias.")] = None,
+    base: Annotated[str | None, typer.Option(help="Without an adapter. [default: starter]")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    negative: Annotated[str, typer.Option(help="What the pictures should not show.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. [default: 20]")] = None,
+    guidance: Annotated[float | None, typer.Option(min=1, help="How strictly to follow the prompt.")] = None,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where the PNG files go.")] = Path("pictures"),
+    device: Device = "auto",
+    allow_network: Network = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures with an adapter, or with its base alone."""
+    events = _studio(workspace, device, allow_network).generate(
+        prompts,
+        adapter=adapter,
+        base=base,
+        count=count,
+        seed=seed,
+        negative=negative,
+        steps=steps,
+        guidance=guidance,
+        folder=folder,
+    )
+    _show(events, as_json)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="Id or alias.")],
+    suite: Annotated[Path | None, typer.Option(help="A TOML file. [default: the held-out photos]")] = None,
+    judge: Annotated[str, typer.Option(help="starter, or a folder with a CLIP model.")] = "starter",
+    quick: Annotated[bool, typer.Option("--quick", help="Ask a few questions only.")] = False,
+    require_pass: Annotated[
+        bool, typer.Option("--require-pass", help="Exit with 3 unless tuning beats prompting.")
+    ] = False,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where report.html goes.")] = Path("report"),
+    device: Device = "auto",
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask whether an adapter draws like the team: against its base with the best prompt."""
+    studio = _studio(workspace, device)
+    last = _show(studio.evaluate(adapter, suite=suite, judge=judge, quick=quick), as_json)
+    assert isinstance(last, Evaluated)
+    _show(studio.write_report(last.report.id, folder), as_json)
+    if require_pass and not last.report.passed:
+        raise typer.Exit(EXIT_NOT_PASSED)
+
+
+@app.command()
+def report(
+    reference: Annotated[str, typer.Argument(help="Id of a Report.")],
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where report.html goes.")] = Path("report"),
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the page and the pictures of a Report again."""
+    _show(_studio(workspace).write_report(reference, folder), as_json)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="Id or alias.")],
+    path: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter as a file that diffusers' load_lora_weights reads."""
+    _show([_studio(workspace).export(adapter, path)], as_json)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where report and pictures go.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Show that it works, not how well.")] = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole way in minutes: 40 OpenMoji pictures become a model that draws like them."""
+    _show(_studio(workspace).demo(folder, quick=quick), as_json)
+
+
+@app.command()
+def doctor(workspace: Workspace = None, as_json: AsJson = False) -> None:
+    """Say what this machine has, and what follows."""
+    findings = _studio(workspace).doctor()
+    if as_json:
+        for finding in findings:
+            _print(finding, as_json)
+    else:
+        Console().print(findings_table(findings))
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _studio(workspace: Path | None, device: str = "auto", allow_network: bool = False) -> Studio:
+    return Studio(Store(workspace or default_root()), device=device, allow_network=allow_network)
+
+
+def _show(events: Iterable[Event], as_json: bool) -> Event | None:
+    """Print the events as they come; the last one is returned."""
+    last: Event | None = None
+    if as_json:
+        for last in events:
+            sys.stdout.write(last.model_dump_json() + "\n")
+            sys.stdout.flush()
+        return last
+    with Screen() as screen:
+        for last in events:
+            screen.show(last)
+    return last
+
+
+def _print(noun: Noun, as_json: bool) -> None:
+    if as_json:
+        body = {"kind": type(noun).__name__, "id": noun.id, **noun.model_dump(mode="json")}
+        sys.stdout.write(json.dumps(body, ensure_ascii=False) + "\n")
+    else:
+        Console().print(card(noun))
+
+
+def main() -> None:
+    """The `livery` command: errors are one line on standard error, never a traceback."""
+    try:
+        app()
+    except LiveryError as error:
+        Console(stderr=True).print(f"livery: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("livery: interrupted; the same command goes on from here")
+        sys.exit(EXIT_INTERRUPTED)

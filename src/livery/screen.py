@@ -1,0 +1,160 @@
+"""What a terminal shows: events as progress bars and lines, nouns as cards and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from livery import nouns
+from livery.nouns import Event, Noun
+
+if TYPE_CHECKING:
+    from livery.doctor import Finding
+
+STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+class Screen:
+    """Shows a stream of events; on a terminal with bars, elsewhere as plain lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._steps = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        match event:
+            case nouns.Progress(stage=stage, done=done, total=total):
+                self._bar(stage, done, total)
+            case nouns.Step(step=step, loss=loss):
+                self._bar("train", step, self._steps, f"loss {loss:.3f}")
+            case nouns.Validation(step=step, loss=loss):
+                self._line(f"  held-out loss {loss:.4f} at step {step}")
+            case nouns.Note(text=text, level=level):
+                self._line(escape(text), "yellow" if level == "warning" else "bold")
+            case nouns.Refused(file=file, reason=reason):
+                self._line(f"refused {escape(file)}: {escape(reason)}", "red")
+            case nouns.Ingested(dataset=noun) | nouns.Trained(adapter=noun) | nouns.Evaluated(report=noun):
+                self._console.print(card(noun))
+            case nouns.Written(what=what, path=path):
+                self._line(f"{what}: [bold]{escape(path)}[/bold]")
+            case nouns.Sample() | nouns.Saved() | nouns.Drawn():
+                pass  # the files themselves are named by Written
+
+    def _bar(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(escape(stage), total=total or None, detail="")
+        self._progress.update(self._tasks[stage], completed=done, total=total or None, detail=detail)
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style, highlight=False)
+
+
+def card(noun: Noun) -> RenderableType:
+    """One noun as a small table, the id first."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row(type(noun).__name__, f"[bold]{noun.id[:12]}[/bold]")
+    for name, value in _rows(noun):
+        table.add_row(name, escape(value))
+    return table
+
+
+def _rows(noun: Noun) -> Iterable[tuple[str, str]]:
+    match noun:
+        case nouns.Dataset():
+            yield "name", noun.name
+            counts = [(split, len(noun.split(split))) for split in ("train", "validation", "test")]
+            yield "photos", ", ".join(f"{count} {split}" for split, count in counts if count)
+            yield "captioned", f"{sum(bool(photo.captions) for photo in noun.photos)} of {len(noun.photos)}"
+            yield "licences", _listed({photo.licence or "not said" for photo in noun.photos})
+            yield "attribution", _listed({photo.attribution for photo in noun.photos} - {""})
+            yield "notes", "; ".join(noun.notes)
+        case nouns.Adapter(card=facts):
+            yield "base", f"{facts.recipe.base} ({facts.family}, {facts.base_sha256[:12]})"
+            yield "dataset", facts.dataset[:12]
+            yield "trigger", ", ".join(facts.trigger_words) or "none"
+            yield "tuners", ", ".join(f"{spec.kind} rank {spec.rank}" for spec in facts.recipe.tuners)
+            yield "steps", f"{facts.step} x {facts.recipe.batch_size * facts.recipe.accumulate} rows"
+            yield "licences", ", ".join(facts.licences)
+            yield "attribution", ", ".join(facts.attributions)
+        case nouns.Report():
+            yield "title", noun.title
+            yield "passed", "yes" if noun.passed else "no"
+            yield "verdict", "\n".join(noun.verdict)
+            yield "adapter", (noun.adapter or "")[:12]
+            yield "judge", noun.embedder
+        case nouns.Run():
+            yield "adapter", noun.adapter[:12]
+            yield "steps", str(len(noun.steps))
+            yield "held-out loss", ", ".join(f"{look.loss:.4f} at {look.step}" for look in noun.validations)
+            yield "took", f"{noun.seconds:.0f} s on {noun.device}"
+            yield "peak memory", f"{noun.peak_memory_bytes / 1e9:.1f} GB"
+        case nouns.Suite():
+            yield "name", noun.name
+            yield "asks", f"{len(noun.questions)} prompts x {len(noun.seeds)} seeds"
+            yield "style prompts", str(len(noun.style_prompts))
+        case _:
+            yield "content", noun.model_dump_json()
+
+
+def _listed(values: set[str]) -> str:
+    return ", ".join(sorted(values))
+
+
+def nouns_table(found: Sequence[Noun]) -> Table:
+    """Several nouns of one kind, one row each."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", *([name for name, _ in list(_rows(found[0]))[:4]] if found else ())):
+        table.add_column(name, overflow="fold")
+    for noun in found:
+        table.add_row(noun.id[:12], *(escape(value) for _, value in list(_rows(noun))[:4]))
+    return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What the doctor found."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("what", "found", "means"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        table.add_row(
+            finding.what, f"[{STYLES[finding.level]}]{escape(finding.found)}[/]", escape(finding.means)
+        )
+    return table

@@ -1,0 +1,394 @@
+"""Studio: every use case of livery, one method each. Doors parse, call a method, and show its events.
+
+Methods import the rooms they need when they are called, so a door that only prints help stays light.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tomllib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from livery.files import write_bytes
+from livery.nouns import (
+    Adapter,
+    Dataset,
+    Drawn,
+    Evaluated,
+    Event,
+    Ingested,
+    LiveryError,
+    Note,
+    Noun,
+    Photo,
+    Recipe,
+    Report,
+    Run,
+    Suite,
+    Trained,
+    Written,
+    sha256_of,
+    with_trigger,
+)
+from livery.store import Store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from livery.doctor import Finding
+    from livery.evaluate.embedder import ClipEmbedder
+    from livery.evaluate.run import Tools
+    from livery.generate.engine import Engine
+    from livery.models.backbone import Backbone
+
+DEMO_ALIAS = "demo"
+
+
+class Studio:
+    """A workspace and everything that can be done in it."""
+
+    def __init__(self, store: Store, *, device: str = "auto", allow_network: bool = False) -> None:
+        """`device` is a torch device or "auto"; hub ids are fetched only when `allow_network`."""
+        self.store = store
+        self._device, self._allow_network = device, allow_network
+        self._loaded: tuple[str, Backbone] | None = None
+
+    # ------------------------------------------------------------------------- data
+
+    def ingest(
+        self,
+        source: Path,
+        *,
+        name: str | None = None,
+        background: str = "#ffffff",
+        max_pixels: int | None = None,
+        require_captions: bool = False,
+        validation: float = 0.0,
+        seed: int = 0,
+        licence: str | None = None,
+        attribution: str | None = None,
+    ) -> Iterator[Event]:
+        """A folder or zip of pictures becomes a Dataset; the last event is Ingested."""
+        from livery.data.ingest import MAX_PIXELS, ingest
+
+        events = ingest(
+            source,
+            self.store.put_blob,
+            name=name,
+            background=background,
+            max_pixels=max_pixels or MAX_PIXELS,
+            require_captions=require_captions,
+            validation=validation,
+            seed=seed,
+            licence=licence,
+            attribution=attribution,
+        )
+        for event in events:
+            if isinstance(event, Ingested):
+                self.store.put(event.dataset)
+            yield event
+
+    def show(self, reference: str) -> Noun:
+        """The noun with this id, beginning of an id, or alias."""
+        return self.store.find(reference)
+
+    def list(self, kind: Literal["Dataset", "Adapter", "Run", "Suite", "Report"]) -> tuple[Noun, ...]:
+        """All nouns of one kind, newest first."""
+        kinds: dict[str, type[Noun]] = {
+            noun.__name__: noun for noun in (Dataset, Adapter, Run, Suite, Report)
+        }
+        return self.store.list(kinds[kind])
+
+    # ------------------------------------------------------------------------- train
+
+    def train(self, recipe: Recipe, data: str, *, resume: bool = True) -> Iterator[Event]:
+        """A recipe and a Dataset become an Adapter; the last event is Trained.
+
+        The same recipe on the same data and base is the same run: it goes on where it stopped.
+        """
+        from livery.train.loop import train
+
+        dataset = self.store.get(Dataset, data)
+        backbone = self._backbone(recipe.base, recipe.family)
+        run_id = sha256_of({"recipe": recipe.id, "dataset": dataset.id, "base": backbone.sha256})
+        for event in train(
+            recipe,
+            backbone,
+            dataset,
+            pixels=self._pixels,
+            folder=self.store.run_folder(run_id),
+            cache=self.store.root / "cache",
+            put_blob=self.store.put_blob,
+            draw=self._sampler(backbone),
+            resume=resume,
+        ):
+            if isinstance(event, Trained):
+                self.store.put(event.adapter)
+                self.store.put(event.run)
+            yield event
+
+    def export(self, adapter: str, path: Path) -> Written:
+        """Copy an adapter's file: safetensors that diffusers' `load_lora_weights` reads."""
+        found = self.store.get(Adapter, adapter)
+        write_bytes(path, self.store.read_blob(found.sha256))
+        return Written(what="adapter", path=str(path))
+
+    # ------------------------------------------------------------------------- generate
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        adapter: str | None = None,
+        base: str | None = None,
+        count: int = 1,
+        seed: int = 0,
+        negative: str = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        folder: Path | None = None,
+    ) -> Iterator[Event]:
+        """`count` pictures per prompt, with seeds from `seed` on; each is Drawn.
+
+        With an adapter the base is the one it was trained on, and its trigger words are added where a
+        prompt lacks them. Pictures also go into `folder` as PNG files that name their origin.
+        """
+        from livery.generate.engine import GUIDANCE, STEPS, Engine, png_bytes
+
+        found = self.store.get(Adapter, adapter) if adapter else None
+        recipe = found.card.recipe if found else None
+        engine = Engine(self._backbone(base or (recipe.base if recipe else "starter")))
+        rows = [
+            (with_trigger(p, recipe.trigger if recipe else ""), seed + n)
+            for p in prompts
+            for n in range(count)
+        ]
+        origin = {"software": "livery", "adapter": found.id if found else "", "base": engine.backbone.sha256}
+        with self._attached(engine, found):
+            images = engine.generate(
+                [prompt for prompt, _ in rows],
+                [number for _, number in rows],
+                negative=negative,
+                steps=steps or STEPS,
+                guidance=GUIDANCE if guidance is None else guidance,
+            )
+            for index, ((prompt, number), image) in enumerate(zip(rows, images, strict=True)):
+                png = png_bytes(image, {**origin, "prompt": prompt, "seed": str(number)})
+                sha256 = self.store.put_blob(png)
+                yield Drawn(prompt=prompt, seed=number, adapter=found.id if found else None, sha256=sha256)
+                if folder:
+                    path = folder / f"{index:04d}-{slug(prompt)}-{number}.png"
+                    write_bytes(path, png)
+                    yield Written(what="picture", path=str(path))
+
+    # ------------------------------------------------------------------------- evaluate
+
+    def evaluate(
+        self,
+        adapter: str,
+        *,
+        suite: Path | None = None,
+        judge: str = "starter",
+        quick: bool = False,
+        title: str | None = None,
+    ) -> Iterator[Event]:
+        """An Adapter on a suite, against its base with the best prompt; the last event is Evaluated.
+
+        Without a suite, the held-out photos of the adapter's dataset are asked. `quick` asks a few.
+        """
+        from livery.evaluate import run as evaluation
+        from livery.evaluate.embedder import load_embedder
+        from livery.evaluate.suite import derive_suite, read_suite
+
+        found = self.store.get(Adapter, adapter)
+        dataset = self.store.get(Dataset, found.card.dataset)
+        asked = read_suite(suite, self._put_picture) if suite else derive_suite(dataset)
+        asked = evaluation.quick(asked) if quick else asked
+        self.store.put(asked)
+        embedder = load_embedder(judge)
+        run = self._run_of(found)
+        subject = evaluation.Subject(
+            title=title or f"{dataset.name}: does it draw like the team?",
+            base_sha256=found.card.base_sha256,
+            adapter=found.id,
+            dataset=dataset.id,
+            run=run.id if run else None,
+            trigger=found.card.recipe.trigger,
+            train_photos=tuple(photo.sha256 for photo in dataset.split("train")),
+        )
+        tools = self._evaluation_tools(found, embedder)
+        for event in evaluation.evaluate(asked, subject, tools):
+            if isinstance(event, Evaluated):
+                reliability = embedder.card.reliability
+                report = self._with_page(event.report, asked, dataset, run, reliability)
+                self.store.put(report)
+                event = Evaluated(report=report)
+            yield event
+
+    def write_report(self, report: str, folder: Path) -> Iterator[Written]:
+        """The page of a report and its pictures, as files to open and to send."""
+        found = self.store.get(Report, report)
+        if found.html is None:
+            raise LiveryError(f"report {found.id[:12]} has no page: evaluate again")
+        write_bytes(folder / "report.html", self.store.read_blob(found.html))
+        for picture in found.pictures:
+            name = f"{slug(picture.concept or picture.prompt)}-{picture.seed}.png"
+            write_bytes(folder / "pictures" / picture.arm / name, self.store.read_blob(picture.sha256))
+        yield Written(what="report", path=str(folder / "report.html"))
+        yield Written(what="pictures", path=str(folder / "pictures"))
+
+    # ------------------------------------------------------------------------- the whole way
+
+    def demo(self, folder: Path, *, quick: bool = False) -> Iterator[Event]:
+        """The main job on the sample brand that ships: ingest, train, evaluate, report.
+
+        `quick` trains less and asks less: it shows that everything works, not how well.
+        """
+        from livery.starter import DEMO_RECIPE, brand_folder
+
+        brand = brand_folder()
+        yield Note(text="1 of 3: reading 60 OpenMoji pictures; the built-in model has never seen this brand")
+        dataset: Dataset | None = None
+        for event in self.ingest(brand, name="OpenMoji", require_captions=True):
+            dataset = event.dataset if isinstance(event, Ingested) else dataset
+            yield event
+        assert dataset is not None, "ingest ends with Ingested or raises"
+        recipe = read_recipe(DEMO_RECIPE)
+        if quick:
+            recipe = recipe.model_copy(update={"steps": 40, "validate_every": 20})
+        yield Note(text=f"2 of 3: training a LoRA on its 40 training pictures, {recipe.steps} steps")
+        adapter: Adapter | None = None
+        for event in self.train(recipe, dataset.id):
+            adapter = event.adapter if isinstance(event, Trained) else adapter
+            yield event
+        if adapter is None:
+            return
+        self.store.alias(DEMO_ALIAS, adapter.id)
+        yield Note(
+            text="3 of 3: asking base and tuned model for things that the brand drew, and they did not see"
+        )
+        title = "OpenMoji, learned from 40 pictures"
+        for event in self.evaluate(adapter.id, suite=brand / "suite.toml", quick=quick, title=title):
+            yield event
+            if isinstance(event, Evaluated):
+                yield from self.write_report(event.report.id, folder)
+
+    def doctor(self) -> tuple[Finding, ...]:
+        """What this machine has, and what follows for the user."""
+        from livery.doctor import examine
+
+        return tuple(examine(self.store.root))
+
+    # ------------------------------------------------------------------------- inside
+
+    def _backbone(self, base: str, family: str | None = None) -> Backbone:
+        """The base model, kept for the next call: loading is slow."""
+        if self._loaded is None or self._loaded[0] != base:
+            from livery.models.load import load_backbone
+
+            self._loaded = None  # let go of the other base before this one takes its memory
+            backbone = load_backbone(base, family, self._place(), self._allow_network)
+            self._loaded = (base, backbone)
+        return self._loaded[1]
+
+    def _place(self) -> str:
+        if self._device != "auto":
+            return self._device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _pixels(self, photo: Photo) -> Image:
+        return self._picture(photo.sha256)
+
+    def _picture(self, sha256: str) -> Image:
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.store.read_blob(sha256))).convert("RGB")
+
+    def _put_picture(self, path: Path) -> str:
+        """A picture of a suite goes the way of every other: cleaned, on white."""
+        from livery.data.decode import clean
+        from livery.data.ingest import MAX_PIXELS
+        from livery.data.source import Unreadable
+
+        try:
+            return self.store.put_blob(clean(path.read_bytes(), (255, 255, 255), MAX_PIXELS).png)
+        except Unreadable as error:
+            raise LiveryError(f"{path}: {error}") from error
+
+    def _sampler(self, backbone: Backbone) -> Callable[[Sequence[str], Sequence[int]], Iterator[Image]]:
+        from livery.generate.engine import Engine
+
+        return Engine(backbone).generate
+
+    @contextmanager
+    def _attached(self, engine: Engine, adapter: Adapter | None) -> Generator[None]:
+        if adapter is None:
+            yield
+            return
+        with engine.adapter(self.store.blob_path(adapter.sha256)):
+            yield
+
+    def _evaluation_tools(self, adapter: Adapter, embedder: ClipEmbedder) -> Tools:
+        """What evaluation works with; its engine draws with the adapter attached or without."""
+        from livery.evaluate.run import Tools
+        from livery.generate.engine import GUIDANCE, STEPS, Engine
+
+        engine = Engine(self._backbone(adapter.card.recipe.base, adapter.card.family))
+
+        def generate(model: str, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image]:
+            with self._attached(engine, adapter if model == "tuned" else None):
+                yield from engine.generate(prompts, seeds)
+
+        return Tools(
+            embedder=embedder,
+            generate=generate,
+            read_picture=self._picture,
+            put_blob=self.store.put_blob,
+            memory=self.store.root / "drawn",
+            drawing=f"dpm++ sampler, {STEPS} steps, guidance {GUIDANCE:g}",
+        )
+
+    def _with_page(
+        self,
+        report: Report,
+        suite: Suite,
+        dataset: Dataset,
+        run: Run | None,
+        reliability: Mapping[str, float],
+    ) -> Report:
+        from livery.evaluate.report import render
+
+        page = render(
+            report,
+            run=run,
+            recipe=run.recipe if run else None,
+            dataset=dataset,
+            suite=suite,
+            pictures=self.store.read_blob,
+            reliability=reliability,
+        )
+        return report.model_copy(update={"html": self.store.put_blob(page.encode())})
+
+    def _run_of(self, adapter: Adapter) -> Run | None:
+        """The newest run that made this adapter."""
+        return next((run for run in self.store.list(Run) if run.adapter == adapter.id), None)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from TOML. Raises LiveryError naming the file and the key."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise LiveryError(f"{path}: cannot be read as a recipe: {error}") from error
+    return Recipe.parse(values, str(path))
+
+
+def slug(text: str) -> str:
+    """Lower-case letters, digits and dashes, at most 40: safe in any file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
