@@ -210,6 +210,17 @@ def test_it_says_when_prompting_would_have_done(blobs: Blobs):
     assert report.verdict[-1].startswith("Prompting would have done")
 
 
+def test_it_does_not_praise_prompting_where_neither_reached_the_style(blobs: Blobs):
+    class Plain(FakeEngine):
+        def __call__(self, model, prompts, seeds):
+            yield from (flat(int(p.split("thing ")[1][0]), 0) for p in prompts)
+
+    report = report_of(evaluate(suite_of(blobs), subject_of(blobs), tools_of(blobs, Plain())))
+    assert not report.passed
+    assert report.verdict[-1].startswith("Neither training nor prompting reached")
+    assert any(line.startswith("No sign of copying") for line in report.verdict)
+
+
 def test_copies_are_noticed(blobs: Blobs):
     class Copier(FakeEngine):
         def __call__(self, model, prompts, seeds):
@@ -246,6 +257,7 @@ def test_without_an_adapter_only_prompting_is_measured(blobs: Blobs):
         ({"style_prompts": ("no place",)}, "'no place' lacks {prompt}"),
         ({"tuning": ()}, "needs tuning questions"),
         ({"tuning": (Question(prompt="thing 1"),)}, "both a question and a tuning question"),
+        ({"questions": (Question(prompt="thing 1"),) * 2}, "two questions have one prompt"),
         ({"style": "look 9"}, "'look 9' is not among its styles"),
         ({"concepts": ("thing 0",)}, "'thing 1' is not among"),
     ],

@@ -10,6 +10,12 @@ from livery.nouns import Difference, Interval, Score, Suite
 SHARES = {"style", "concept", "too_near"}
 """Metrics that are shares of pictures; the others are cosines."""
 
+EXPECTED = 0.01
+"""Share of pictures beyond the yardstick of copying when nothing is copied: it is a 99% quantile."""
+
+REACHED = 0.5
+"""Share in the house style from which prompting can be said to do."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -142,7 +148,7 @@ def _concept(table: Table, suite: Suite) -> str:
     gain = table.difference("concept", "tuned", "base")
     if not (tuned and base and gain):
         return ""
-    opening = "It draws what was asked about as often as before"
+    opening = "No clear change in how often it draws what was asked"
     if gain.high < 0:
         opening = "The price: it draws what was asked less often than before"
     elif gain.low > 0:
@@ -162,10 +168,10 @@ def _copying(table: Table) -> str:
         return (
             f"The nearest training picture is at {cosine(tuned)} on average; there is no yardstick for that."
         )
-    if beyond.value <= 0.02:
+    if beyond.low <= EXPECTED:
         return (
-            f"It does not lean on its training pictures: the nearest one is at {tuned.value:.2f} on average, "
-            f"and two different pictures of this brand are at {own.value:.2f}."
+            f"No sign of copying: the nearest training picture is at {tuned.value:.2f} on average; for new "
+            f"pictures by the designers themselves it is at {own.value:.2f}."
         )
     return (
         f"Look at the nearest training pictures: {share(beyond)} of its pictures are nearer to one than "
@@ -178,5 +184,10 @@ def _prompting(table: Table, suite: Suite) -> str:
     gains = table.gains()
     if not gains or any(gain.low > 0 for gain in gains):
         return ""
-    who = _rival_name(table, suite)
+    who, style = _rival_name(table, suite), table.score("style", table.rival())
+    if style and style.value < REACHED:
+        return (
+            "Neither training nor prompting reached the house style: look at the curves and the pictures, then "
+            "try more steps, a higher learning rate or more pictures."
+        )
     return f"Prompting would have done: on neither style nor likeness is it surely ahead of {who}."
