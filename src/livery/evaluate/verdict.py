@@ -187,7 +187,7 @@ def _prompting(table: Table, suite: Suite) -> str:
     who, style = _rival_name(table, suite), table.score("style", table.rival())
     if style and style.value < REACHED:
         return (
-            "Neither training nor prompting reached the house style: look at the curves and the pictures, then "
-            "try more steps, a higher learning rate or more pictures."
+            "Neither training nor prompting reached the house style: look at the curves and the pictures, "
+            "then try more steps, a higher learning rate or more pictures."
         )
     return f"Prompting would have done: on neither style nor likeness is it surely ahead of {who}."
