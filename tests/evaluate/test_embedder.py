@@ -1,6 +1,7 @@
 """A real CLIPModel with random weights: loading, preprocessing and vectors, not the quality of a judge."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_a_row_does_not_hang_on_its_neighbours(folder: Path):
     assert torch.allclose(judge.embed_images(images)[69:], judge.embed_images(images[69:]), atol=1e-6)
 
 
+def test_weights_in_half_precision_are_read_and_used_in_full(folder: Path, tmp_path: Path):
+    half = shutil.copytree(folder, tmp_path / "half")
+    weights = {key: value.half() for key, value in load_file(half / "model.safetensors").items()}
+    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    image = noise(32, 32)
+    low, full = (ClipEmbedder.load(path).embed_images([image]) for path in (half, folder))
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, full, atol=5e-3)
+
+
 def test_texts_past_the_models_length_are_cut_not_refused(folder: Path):
     assert ClipEmbedder.load(folder).embed_texts(["cat " * 100]).isfinite().all()
 
@@ -96,12 +109,21 @@ def test_the_card_and_the_hash_follow_the_folder(tmp_path: Path):
     assert plain.card.concept_texts(["cat"]) == ["a cat"]
     assert plain.card.style_texts(["flat"]) == ["flat style"]
     (tmp_path / "livery.json").write_text(
-        json.dumps({"concept_template": "one {concept}", "reliability": {"style": 0.9}})
+        json.dumps(
+            {
+                "name": "theirs",
+                "concept_template": "one {concept}",
+                "style_template": "{style} look",
+                "reliability": {"held_out": 223, "style": 0.9},
+            }
+        )
     )
-    carded = ClipEmbedder.load(tmp_path, name="mine")
+    carded = ClipEmbedder.load(tmp_path)
+    assert carded.card.style_texts(["flat"]) == ["flat look"]
     assert carded.card.concept_texts(["cat", "{concept}"]) == ["one cat", "one {concept}"]
-    assert carded.card.reliability == {"style": 0.9}
-    assert (carded.name, plain.name) == ("mine", tmp_path.name)
+    assert carded.card.reliability == {"held_out": 223, "style": 0.9}
+    assert (carded.name, plain.name) == ("theirs", tmp_path.name)
+    assert ClipEmbedder.load(tmp_path, name="mine").name == "mine"
     assert carded.sha256 != plain.sha256 == ClipEmbedder.load(write_tiny_clip(tmp_path / "again")).sha256
 
 

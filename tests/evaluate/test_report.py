@@ -190,6 +190,14 @@ def test_the_grid_pairs_each_prompt_with_every_arm(blobs: Blobs):
         assert [cell.seed for cell in row.cells if cell] == [1, 1, 1, 0]  # the designers drew once
 
 
+def test_questions_with_one_prompt_keep_a_row_each(blobs: Blobs):
+    twice = suite_of(blobs).questions
+    suite = suite_of(blobs, questions=(twice[0], twice[1], twice[0].model_copy(update={"concept": ""})))
+    rows = grid(report_for(suite, blobs), seed=0)
+    assert [row.prompt for row in rows] == ["thing 0", "thing 1", "thing 0"]
+    assert all(None not in row.cells for row in rows)
+
+
 def test_the_same_report_gives_the_same_page(blobs: Blobs):
     suite = suite_of(blobs)
     report = report_for(suite, blobs)

@@ -257,7 +257,6 @@ def test_without_an_adapter_only_prompting_is_measured(blobs: Blobs):
         ({"style_prompts": ("no place",)}, "'no place' lacks {prompt}"),
         ({"tuning": ()}, "needs tuning questions"),
         ({"tuning": (Question(prompt="thing 1"),)}, "both a question and a tuning question"),
-        ({"questions": (Question(prompt="thing 1"),) * 2}, "two questions have one prompt"),
         ({"style": "look 9"}, "'look 9' is not among its styles"),
         ({"concepts": ("thing 0",)}, "'thing 1' is not among"),
     ],

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from livery.nouns import LiveryError, Noun, Share
+from livery.nouns import LiveryError, Noun
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -34,10 +34,12 @@ BATCH = 64  # pictures or texts at a time: bounds memory
 class JudgeCard(Noun):
     """What a judge's folder says of itself in `livery.json`: its label texts and how far to trust it."""
 
+    name: str = ""
     concept_template: str = Field(default="a {concept}", description="label text of one concept")
     style_template: str = Field(default="{style} style", description="label text of one style")
-    reliability: dict[str, Share] = Field(
-        default={}, description="share right on held-out pictures: concept_top5, style"
+    reliability: dict[str, NonNegativeFloat] = Field(
+        default={},
+        description="shares right on held-out pictures: concept_top5, style; their number: held_out",
     )
 
     def concept_texts(self, concepts: Sequence[str]) -> list[str]:
@@ -132,7 +134,7 @@ class ClipEmbedder:
 
     @classmethod
     def load(cls, folder: Path, *, name: str = "", device: str = "cpu") -> Self:
-        """Read a folder; `name` is by default the folder's. Raises LiveryError when a part is missing."""
+        """Read a folder; `name`: else the card's, else the folder's. Raises LiveryError on a missing part."""
         from transformers import CLIPModel, CLIPTokenizer
 
         for part in ("config.json", "*.safetensors", "vocab.json|tokenizer.json"):
@@ -142,7 +144,11 @@ class ClipEmbedder:
                 )
         try:
             loaded: Any = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=torch.float32,  # weights may rest in half precision; processors are slow at that
             )
             model, told = loaded
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -156,7 +162,9 @@ class ClipEmbedder:
         model.eval().requires_grad_(False)
         torch.nn.Module.to(model, device)
         sha256 = folder_sha256(folder)
-        return cls(model, tokenizer, preprocessing, name=name or folder.name, sha256=sha256, card=card)
+        return cls(
+            model, tokenizer, preprocessing, name=name or card.name or folder.name, sha256=sha256, card=card
+        )
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -191,7 +199,7 @@ def load_embedder(source: str | Path = "starter", *, device: str = "cpu") -> Cli
     """The judge that ships inside ("starter"), or a folder with a CLIP model. Raises LiveryError."""
     if source == "starter":
         inside = Path(str(files("livery") / "starter" / "judge"))
-        return ClipEmbedder.load(inside, name="livery starter judge", device=device)
+        return ClipEmbedder.load(inside, device=device)
     return ClipEmbedder.load(Path(source), device=device)
 
 

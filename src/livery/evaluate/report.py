@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -71,6 +72,7 @@ def render(
 
     table = verdict.Table(report.scores, report.differences)
     seeds = sorted({p.seed for p in report.pictures if p.arm != "designers"})
+    grids = [(seed, grid(report, seed)) for seed in seeds]
     return (
         _environment()
         .get_template("report.html")
@@ -84,7 +86,7 @@ def render(
             embed=embed,
             figures=list(figures(table)),
             arms=[_arm(arm) for arm in report.arms],
-            grids=[(seed, grid(report, seed)) for seed in seeds],
+            grids=grids,
             seeds=seeds,
             shown=SHOWN,
             charts=list(score_charts(report, table)),
@@ -93,7 +95,7 @@ def render(
             yardstick=table.score("nearest", "designers"),
             contact=dataset.split("train")[:CONTACT] if dataset else (),
             licences=_credits(dataset.photos) if dataset else [],
-            prompts_count=len({p.prompt for p in report.pictures}),
+            prompts_count=len(suite.questions),
             duration=duration,
             megabytes=megabytes,
             percent=verdict.percent,
@@ -103,13 +105,18 @@ def render(
 
 
 def grid(report: Report, seed: int) -> list[GridRow]:
-    """One row per prompt, in the report's order, with the pictures of one seed."""
-    place: dict[tuple[str, str], Picture] = {}
+    """One row per question, in the report's order, with the pictures of one seed.
+
+    Two questions may have one prompt: its n-th picture in one arm stands beside its n-th in the others.
+    """
+    place: dict[tuple[str, str, int], Picture] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     for picture in report.pictures:
         if picture.seed == seed or picture.arm == "designers":
-            place[picture.arm, picture.prompt] = picture
-    prompts = dict.fromkeys(p.prompt for p in report.pictures if p.arm != "designers")
-    return [GridRow(prompt, tuple(place.get((arm, prompt)) for arm in report.arms)) for prompt in prompts]
+            place[picture.arm, picture.prompt, seen[picture.arm, picture.prompt]] = picture
+            seen[picture.arm, picture.prompt] += 1
+    drawn = dict.fromkeys((prompt, n) for arm, prompt, n in place if arm != "designers")
+    return [GridRow(prompt, tuple(place.get((arm, prompt, n)) for arm in report.arms)) for prompt, n in drawn]
 
 
 def score_charts(report: Report, table: verdict.Table) -> Iterator[Chart]:

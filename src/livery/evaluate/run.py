@@ -140,8 +140,6 @@ def check(suite: Suite) -> None:
             f"suite {suite.name}: choosing among style prompts needs tuning questions; add some."
         )
     reported, tuned_on = ({q.prompt for q in qs} for qs in (suite.questions, suite.tuning))
-    if len(reported) < len(suite.questions):
-        raise LiveryError(f"suite {suite.name}: two questions have one prompt; drop one of them.")
     if both := sorted(reported & tuned_on):
         raise LiveryError(
             f"suite {suite.name}: '{both[0]}' is both a question and a tuning question; drop one."
