@@ -230,6 +230,14 @@ def test_stopped_in_any_way_it_saves_and_goes_on_to_the_same_bytes(
     assert len(rest[-1].run.steps) == 4  # type: ignore[union-attr]
 
 
+def test_stopped_while_encoding_it_says_so_and_attaches_nothing(
+    recipe: Recipe, base: SD1, dataset: Dataset, pixels: Paint, tmp_path: Path
+):
+    events = list(train(recipe, base, dataset, pixels=pixels, folder=tmp_path, should_stop=lambda: True))
+    assert [event.kind for event in events] == ["progress", "note"]
+    assert not list(tmp_path.glob("step-*"))
+
+
 def test_without_resume_it_starts_anew_and_another_recipe_is_refused(
     recipe: Recipe, base: SD1, dataset: Dataset, pixels: Paint, tmp_path: Path
 ):

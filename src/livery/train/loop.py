@@ -57,6 +57,7 @@ def train(
     for progress in _encode(recipe, dataset, encodings):
         yield progress
         if should_stop():
+            yield Note(text="Stopped before the first step; what was encoded is kept.")
             return
     attached = attach_all(tuners, backbone, recipe.seed)
     try:
@@ -92,7 +93,12 @@ def _notes(recipe: Recipe, dataset: Dataset, draw: Draw | None) -> Iterator[Note
     if bare:
         yield _warning(f"{bare} photos to learn from have no caption: prompts will steer the result less.")
     if recipe.sample_every and not (draw and recipe.sample_prompts):
-        yield _warning("No samples are drawn on the way: the recipe names no sample_prompts.")
+        lack = (
+            "nothing to draw with was given"
+            if recipe.sample_prompts
+            else "the recipe names no sample_prompts"
+        )
+        yield _warning(f"No samples are drawn on the way: {lack}.")
 
 
 def _warning(text: str) -> Note:
