@@ -13,7 +13,6 @@ from rich.console import Console
 
 from livery.nouns import Evaluated, Event, LiveryError, Noun, Recipe
 from livery.screen import Screen, card, findings_table, nouns_table
-from livery.store import Store, default_root
 from livery.studio import Studio, read_recipe
 
 EXIT_ERROR, EXIT_NOT_PASSED, EXIT_INTERRUPTED = 1, 3, 130
@@ -221,6 +220,8 @@ def doctor(workspace: Workspace = None, as_json: AsJson = False) -> None:
 
 
 def _studio(workspace: Path | None, device: str = "auto", allow_network: bool = False) -> Studio:
+    from livery.store import Store, default_root  # SQLAlchemy is slow to import, and help needs none
+
     return Studio(Store(workspace or default_root()), device=device, allow_network=allow_network)
 
 

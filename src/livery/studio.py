@@ -34,7 +34,6 @@ from livery.nouns import (
     sha256_of,
     with_trigger,
 )
-from livery.store import Store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from livery.evaluate.run import Tools
     from livery.generate.engine import Engine
     from livery.models.backbone import Backbone
+    from livery.store import Store
 
 DEMO_ALIAS = "demo"
 
