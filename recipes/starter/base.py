@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from recipes.starter import fit, vae
@@ -139,7 +140,7 @@ def train(recipe: StarterRecipe) -> None:
         warmup=settings.warmup,
         ema=settings.ema,
     )
-    snr = law.alphas_cumprod / (1 - law.alphas_cumprod)
+    last = int(law.config["num_train_timesteps"])
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(settings.seed * 1_000_003 + step)
@@ -152,14 +153,14 @@ def train(recipe: StarterRecipe) -> None:
         ids = words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         x = clean[rows].float()
         noise = torch.randn(x.shape, generator=draw)
-        t = torch.randint(law.config["num_train_timesteps"], (len(rows),), generator=draw)
+        t = torch.randint(last, (len(rows),), generator=draw)
+        late = last - 1 - torch.randint(int(settings.late * last), (len(rows),), generator=draw)
+        t = torch.where(torch.rand(len(rows), generator=draw) < settings.late_share, late, t)
         noisy, target = law.add_noise(x, noise, t), law.get_velocity(x, noise, t)
-        weight = snr[t].clamp(max=settings.min_snr_gamma) / (snr[t] + 1)
         place = fit.device()
         with fit.autocast():
             guess = model(noisy.to(place), t.to(place), ids.to(place))
-        error = (guess.float() - target.to(place)).square().flatten(1).mean(1)
-        return (error * weight.to(place)).mean()
+        return functional.mse_loss(guess.float(), target.to(place))
 
     for step, loss in job.run(loss_of):
         print(f"base {step}/{job.steps} loss {loss:.4f} {job.seconds:.0f} s", flush=True)

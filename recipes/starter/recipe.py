@@ -47,7 +47,8 @@ class Base:
     learning_rate: float
     warmup: int
     caption_dropout: float
-    min_snr_gamma: float
+    late: float
+    late_share: float
     ema: float
     seed: int
 

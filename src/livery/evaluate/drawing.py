@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal
 
 from PIL import Image
 
+from livery.files import write_bytes
 from livery.nouns import Event, LiveryError, Progress, sha256_of
 
 Model = Literal["base", "tuned"]
@@ -39,13 +39,7 @@ class Memory:
     def keep(self, key: str, sha256: str) -> None:
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".{key}.{os.getpid()}"
-        with part.open("w") as file:
-            file.write(sha256)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.folder / key)
+        write_bytes(self.folder / key, sha256.encode())
 
 
 @dataclass(frozen=True)

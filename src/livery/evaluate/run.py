@@ -35,6 +35,7 @@ from livery.nouns import (
     Report,
     Score,
     Suite,
+    with_trigger,
 )
 
 PAIRS = (("tuned", "prompted"), ("tuned", "base"), ("prompted", "base"))
@@ -192,11 +193,6 @@ def _draw_arms(
         arms[arm] = [Row(number, seed, blob) for (number, seed), blob in zip(asked, blobs, strict=True)]
     own = [Row(n, 0, q.reference) for n, q in enumerate(suite.questions) if q.reference]
     return {**arms, "designers": own} if own else arms
-
-
-def with_trigger(prompt: str, trigger: str) -> str:
-    """As in training, where the trigger stands behind the caption: `{prompt}, {trigger}`."""
-    return f"{prompt}, {trigger}" if trigger else prompt
 
 
 def _fill(template: str, prompt: str) -> str:
