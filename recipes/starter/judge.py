@@ -19,7 +19,7 @@ from recipes.starter import fit
 from recipes.starter.base import tokenizer
 from recipes.starter.emoji import concepts, drawings
 from recipes.starter.recipe import StarterRecipe
-from recipes.starter.scenes import Scene, article, paint, single
+from recipes.starter.scenes import BACKGROUNDS, Scene, article, paint
 
 TEXT_LENGTH = 32
 STYLE_TEMPLATE = "{style} style"
@@ -77,23 +77,45 @@ def build(recipe: StarterRecipe, words: CLIPTokenizer) -> CLIPModel:
     return CLIPModel._from_config(config, attn_implementation="eager")
 
 
-def picture(recipe: StarterRecipe, rgba: Tensor, rng: random.Random) -> tuple[Tensor, Scene]:
-    """One training view: placed, mirrored, turned a little in colour, sometimes soft or noisy."""
-    scene = single(rng, 0, "")
-    if rng.random() < 0.3:
-        ((_, _, _, side),) = scene.objects
-        side *= rng.uniform(0.7, 1.0)
-        scene = Scene("", scene.background, ((0, rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6), side),))
-    pixels = paint(rgba[None], scene, recipe.data.size).float() / 255
-    if rng.random() < 0.5:
-        pixels = pixels.flip(-1)
-    if rng.random() < 0.3:
-        small = functional.interpolate(pixels[None], scale_factor=rng.uniform(0.4, 0.8), mode="area")
-        pixels = functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
-    if rng.random() < 0.3:
-        gain = torch.tensor([rng.uniform(0.9, 1.1) for _ in range(3)])
-        pixels = pixels * gain[:, None, None] + rng.uniform(-0.05, 0.05)
-    return pixels.clamp(0, 1), scene
+def views(drawn: Tensor, colours: Tensor, draw: torch.Generator) -> Tensor:
+    """Premultiplied drawings [B, 4, S, S] in [0, 1] on colours [B, 3] -> training views [B, 3, S, S].
+
+    Each is moved, zoomed, turned, mirrored, shifted in colour, and some are made soft: pictures that a model
+    drew must not look foreign.
+    """
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(drawn), generator=draw)
+
+    zoom = between(-0.35, 0.35).exp() / 0.95
+    turn = between(-0.25, 0.25)
+    mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
+    cos, sin = zoom * turn.cos(), zoom * turn.sin()
+    rows = [cos * mirror, -sin, between(-0.15, 0.15), sin * mirror, cos, between(-0.15, 0.15)]
+    theta = torch.stack(rows, 1).reshape(-1, 2, 3)
+    grid = functional.affine_grid(theta, list(drawn.shape), align_corners=False)
+    placed = functional.grid_sample(drawn, grid, align_corners=False)
+    pixels = placed[:, :3] + colours[:, :, None, None] * (1 - placed[:, 3:])
+    small = functional.avg_pool2d(pixels, 2)
+    soft = functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    amount = torch.where(between(0, 1) < 0.35, between(0.3, 1), torch.zeros(len(drawn)))[:, None, None, None]
+    pixels = pixels.lerp(soft, amount)
+    gain = 1 + 0.12 * (2 * torch.rand((len(drawn), 3), generator=draw) - 1)
+    return (pixels * gain[:, :, None, None]).clamp(0, 1)
+
+
+def premultiplied(recipe: StarterRecipe) -> Tensor:
+    """Every drawing of the judge's styles, uint8 [styles, concepts, 4, S, S], alpha multiplied in."""
+    sets = []
+    for style in recipe.data.judge_styles:
+        rgba = drawings(recipe, style).float() / 255
+        rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
+        side = recipe.data.size
+        small = functional.interpolate(
+            rgba, (side, side), mode="bilinear", antialias=True, align_corners=False
+        )
+        sets.append((small.clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.stack(sets)
 
 
 class Texts:
@@ -125,7 +147,7 @@ def train(recipe: StarterRecipe) -> None:
     words = tokenizer(recipe, [])
     model, texts = build(recipe, words), Texts(recipe, words)
     learn, held = pairs(recipe)
-    sets = [drawings(recipe, style) for style in recipe.data.judge_styles]
+    drawn, palette = premultiplied(recipe), list(BACKGROUNDS)
     settings = recipe.judge
     job = fit.Fit(
         "judge",
@@ -141,17 +163,20 @@ def train(recipe: StarterRecipe) -> None:
     def loss_of(step: int) -> Tensor:
         rng = random.Random(settings.seed * 1_000_003 + step)
         chosen = [rng.choice(learn) for _ in range(settings.batch)]
-        views = [picture(recipe, sets[p.style][p.concept], rng) for p in chosen]
+        grounds = ["white" if rng.random() < 0.6 else rng.choice(palette) for _ in chosen]
         captions = [
-            f"{labels[p.concept]} on {article(scene.background)} background, "
+            f"{labels[p.concept]} on {article(ground)} background, "
             + STYLE_TEMPLATE.format(style=recipe.data.judge_styles[p.style])
-            for p, (_, scene) in zip(chosen, views, strict=True)
+            for p, ground in zip(chosen, grounds, strict=True)
         ]
+        rows = drawn[[p.style for p in chosen], [p.concept for p in chosen]].float() / 255
+        colours = torch.tensor([BACKGROUNDS[ground] for ground in grounds]) / 255
+        pixels = views(rows, colours, fit.generator(settings.seed, step))
         unique, inverse = texts.ids(captions).unique(dim=0, return_inverse=True)
         asked = [p.concept for p in chosen] + [rng.randrange(len(labels)) for _ in range(32)]
         shown, concept = torch.tensor(asked, device=fit.device()).unique(return_inverse=True)
         with fit.autocast():
-            images = image_features(model, torch.stack([v for v, _ in views]).to(fit.device()))
+            images = image_features(model, pixels.to(fit.device()))
             names = text_features(model, texts.concepts[shown])
             styles = text_features(model, texts.styles)
             full = text_features(model, unique)

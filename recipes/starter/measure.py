@@ -11,7 +11,7 @@ from PIL import Image
 from livery.evaluate.embedder import ClipEmbedder, load_embedder
 from livery.generate.engine import GUIDANCE, STEPS, Engine
 from livery.models.load import load_backbone
-from recipes.starter import fit, vae
+from recipes.starter import card, fit, vae
 from recipes.starter.brand import STARTER
 from recipes.starter.emoji import concepts
 from recipes.starter.recipe import HERE, StarterRecipe
@@ -55,6 +55,7 @@ def write(recipe: StarterRecipe) -> None:
     }
     sheet(pictures).save(PICTURE, optimize=True)
     (STARTER / "measured.json").write_text(json.dumps(results, indent=2) + "\n")
+    card.write(recipe)
     print(json.dumps(results, indent=2))
 
 
