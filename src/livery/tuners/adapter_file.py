@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from livery.files import write_bytes
 from livery.models.backbone import Backbone
 from livery.nouns import Adapter, AdapterCard, LiveryError
 from livery.tuners.tuner import Attached, attach_all, build
@@ -48,15 +47,7 @@ def adapter_bytes(card: AdapterCard, state: Mapping[str, Tensor]) -> bytes:
 def write_adapter(path: Path, card: AdapterCard, state: Mapping[str, Tensor]) -> Adapter:
     """Write the file, whole or not at all, and return what it is."""
     content = adapter_bytes(card, state)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_bytes(path, content)
     return Adapter(sha256=hashlib.sha256(content).hexdigest(), card=card)
 
 

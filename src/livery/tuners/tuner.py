@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -43,7 +43,7 @@ class Attached(Protocol):
 class Tuner(Protocol):
     """One way to change a base model."""
 
-    touches: frozenset[Part]
+    touches: ClassVar[frozenset[Part]]
     """What it changes: prompt encodings may be cached only while no tuner touches the towers."""
 
     @classmethod
