@@ -49,7 +49,7 @@ def test_the_starter_is_light_and_says_what_it_is() -> None:
 
 def test_the_sample_brand_was_kept_apart() -> None:
     """No picture of the brand stands in two of training, validation and truth."""
-    names = {split: {file.name for file in (brand_folder() / split).glob("*.png")} for split in
+    names = {split: {file.name for file in brand_folder().rglob(f"{split}/*.png")} for split in
              ("train", "validation", "truth")}  # fmt: skip
     assert {split: len(found) for split, found in names.items()} == {
         "train": 40,

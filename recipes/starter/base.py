@@ -114,14 +114,19 @@ class Generator(nn.Module):
 
 
 def scheduler() -> Any:
-    """Stable Diffusion's schedule; v-prediction, so that plain backgrounds come out plain."""
+    """Stable Diffusion's schedule with v-prediction, rescaled to end in pure noise.
+
+    On latents this small the usual end still shows silhouettes, which the model would then read out of the
+    noise instead of the words (Lin et al. 2023, arXiv:2305.08891).
+    """
     return DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
         clip_sample=False,
-        steps_offset=1,
     )
 
 

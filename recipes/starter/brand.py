@@ -1,7 +1,7 @@
 """The sample brand that ships: OpenMoji, which the base has never seen.
 
 Writes `src/livery/starter/openmoji/`: 40 pictures to learn from and 20 for validation as an
-imagefolder, 100 further drawings as the truth to compare with, the suite, and the attribution.
+imagefolder in `photos/`, 100 further drawings as the truth to compare with, the suite, and the attribution.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from recipes.starter.scenes import article
 STARTER = HERE.parents[1] / "src" / "livery" / "starter"
 SIDE = 192
 COUNTS = {"train": 40, "validation": 20, "truth": 100}
+PLACES = {"train": "photos/train", "validation": "photos/validation", "truth": "truth"}
 QUESTIONS, TUNING = 60, 20
 ATTRIBUTION = "OpenMoji, the open-source emoji and icon project, openmoji.org"
 LICENCE = "CC-BY-SA-4.0"
@@ -66,14 +67,14 @@ def write(recipe: StarterRecipe) -> None:
     rows: list[dict[str, str]] = []
     for split, chosen in parts.items():
         for concept in chosen:
-            file = folder / split / f"{slug(concept.label)}.png"
+            file = folder / PLACES[split] / f"{slug(concept.label)}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             svg = square_svg(icons, icons["icons"][names[concept.hexcode]])
             Image.fromarray(render(svg, SIDE)).save(file, optimize=True)
             if split != "truth":
                 rows.append(row(split, concept))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "metadata.jsonl").write_text(lines)
+    (folder / "photos" / "metadata.jsonl").write_text(lines)
     (folder / "suite.toml").write_text(suite(recipe, parts))
     (folder / "ATTRIBUTION.md").write_text(attribution())
 
@@ -96,7 +97,7 @@ def slug(label: str) -> str:
 def suite(recipe: StarterRecipe, parts: dict[str, list[Concept]]) -> str:
     """The suite as TOML; pictures are named by file, relative to the folder."""
     truth = parts["truth"]
-    references = sorted(f"validation/{slug(c.label)}.png" for c in parts["validation"])
+    references = sorted(f"photos/validation/{slug(c.label)}.png" for c in parts["validation"])
     lines = [
         "# Made by `python -m recipes.starter brand`.",
         'name = "openmoji"',

@@ -119,6 +119,8 @@ class Fit:
         for name in self.average:
             self.average[name] = tensors[f"average.{name}"].clone()
         for name, parameter in self.module.named_parameters():
+            if f"adam.{name}.step" not in tensors:  # a parameter that the loss never reaches
+                continue
             state = {k: tensors[f"adam.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             state["step"] = state["step"].cpu() if device().type == "cpu" else state["step"]
             self.optimizer.state[parameter] = state

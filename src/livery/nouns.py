@@ -152,7 +152,9 @@ class Recipe(Noun):
     warmup_steps: NonNegativeInt = 20
     weight_decay: NonNegativeFloat = 0.01
     clip_norm: PositiveFloat = 1.0
-    min_snr_gamma: PositiveFloat | None = Field(default=5.0, description="epsilon models; none = off")
+    min_snr_gamma: NonNegativeFloat = Field(
+        default=5.0, description="loss weight per noise level; 0 = off, as models trained to pure noise need"
+    )
     caption_dropout: Share = Field(default=0.1, description="share of rows trained on no caption")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 where the processor has it"

@@ -46,7 +46,7 @@ class Screen:
             refresh_per_second=4,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._steps = 0
+        self._detail = ""  # what the last step said, for the bar that follows
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -61,8 +61,9 @@ class Screen:
         match event:
             case nouns.Progress(stage=stage, done=done, total=total):
                 self._bar(stage, done, total)
-            case nouns.Step(step=step, loss=loss):
-                self._bar("train", step, self._steps, f"loss {loss:.3f}")
+                self._detail = ""
+            case nouns.Step(loss=loss):
+                self._detail = f"loss {loss:.3f}"
             case nouns.Validation(step=step, loss=loss):
                 self._line(f"  held-out loss {loss:.4f} at step {step}")
             case nouns.Note(text=text, level=level):
@@ -76,10 +77,10 @@ class Screen:
             case nouns.Sample() | nouns.Saved() | nouns.Drawn():
                 pass  # the files themselves are named by Written
 
-    def _bar(self, stage: str, done: int, total: int, detail: str = "") -> None:
+    def _bar(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(escape(stage), total=total or None, detail="")
-        self._progress.update(self._tasks[stage], completed=done, total=total or None, detail=detail)
+        self._progress.update(self._tasks[stage], completed=done, total=total or None, detail=self._detail)
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, highlight=False)

@@ -226,7 +226,7 @@ def test_transparency_is_laid_on_the_stated_colour(
     expected = [alpha * over + (1 - alpha) * under for over, under in zip(colour, ground, strict=False)]
     assert taken.pixels("a.png")[0, 0] == pytest.approx(expected, abs=1)
     assert taken.dataset.background == background
-    assert bool(taken.notes) == (colour[3] < 255)
+    assert bool(taken.dataset.notes) == (colour[3] < 255)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])

@@ -68,7 +68,7 @@ def test_min_snr_weights_are_the_papers(prediction, gamma):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_no_gamma_weighs_all_rows_alike(prediction):
     law = from_config({**SD15, "prediction_type": prediction})
-    assert law.weight(torch.tensor([0, 999]), None).tolist() == [1, 1]
+    assert law.weight(torch.tensor([0, 999]), 0).tolist() == [1, 1]
 
 
 def test_pure_noise_has_finite_weights_and_no_signal():

@@ -165,7 +165,9 @@ def _take(
     )
     changes = list(_changes(cleaned, rules))
     taken.done.update(changes)
-    if changes:
+    if (
+        cleaned.removed or cleaned.turned or cleaned.colours_converted
+    ):  # transparency: the dataset's note will do
         yield Note(text=f"{file}: {', '.join(changes)}")
 
 

@@ -143,15 +143,16 @@ class ClipEmbedder:
                     f"{folder}: no {part.replace('|', ' or ')}; give a folder with a CLIP model."
                 )
         try:
-            loaded: Any = CLIPModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                dtype=torch.float32,  # weights may rest in half precision; processors are slow at that
-            )
-            model, told = loaded
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            with quiet():
+                loaded: Any = CLIPModel.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    dtype=torch.float32,  # weights may rest in half precision; processors are slow at that
+                )
+                model, told = loaded
+                tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise LiveryError(f"{folder}: not a CLIP model that can be read: {error}") from error
         if told["missing_keys"]:  # transformers would fill them with random numbers

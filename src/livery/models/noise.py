@@ -37,8 +37,8 @@ class NoiseProcess(Protocol):
         """What the network's output should be."""
         ...
 
-    def weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
-        """How much each row's squared error counts, [B]; 1 everywhere when gamma is none."""
+    def weight(self, t: Tensor, min_snr_gamma: float) -> Tensor:
+        """How much each row's squared error counts, [B]; 1 everywhere when gamma is 0."""
         ...
 
     def clean(self, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ class Epsilon(Diffusion):
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
-    def weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
+    def weight(self, t: Tensor, min_snr_gamma: float) -> Tensor:
         """min(snr, gamma) / snr: Hang et al. 2023 (arXiv:2303.09556), section 3.4; 1 where snr is 0."""
-        if min_snr_gamma is None:
+        if not min_snr_gamma:
             return torch.ones_like(t, dtype=torch.float32)
         return (min_snr_gamma / self.snr(t)).clamp(max=1)
 
@@ -109,9 +109,9 @@ class Velocity(Diffusion):
         signal, spread = self._parts(t)
         return signal * noise - spread * clean
 
-    def weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
+    def weight(self, t: Tensor, min_snr_gamma: float) -> Tensor:
         """min(snr, gamma) / (snr + 1): Hang et al. 2023, section 3.4."""
-        if min_snr_gamma is None:
+        if not min_snr_gamma:
             return torch.ones_like(t, dtype=torch.float32)
         snr = self.snr(t)
         return snr.clamp(max=min_snr_gamma) / (snr + 1)

@@ -12,5 +12,5 @@ DEMO_RECIPE = _HERE / "demo.toml"
 
 
 def brand_folder() -> Path:
-    """The sample brand: an imagefolder with `suite.toml` and the attribution."""
+    """The sample brand: an imagefolder in `photos/`, `suite.toml`, the truth, the attribution."""
     return _HERE / "openmoji"
