@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from livery.models.checkpoint import quiet
 from livery.nouns import LiveryError, Noun
 
 if TYPE_CHECKING:
