@@ -25,9 +25,11 @@ from livery.nouns import (
     Note,
     Noun,
     Photo,
+    Progress,
     Recipe,
     Report,
     Run,
+    Step,
     Suite,
     Trained,
     Written,
@@ -130,6 +132,8 @@ class Studio:
                 self.store.put(event.adapter)
                 self.store.put(event.run)
             yield event
+            if isinstance(event, Step):
+                yield Progress(stage="train", done=event.step, total=recipe.steps)
 
     def export(self, adapter: str, path: Path) -> Written:
         """Copy an adapter's file: safetensors that diffusers' `load_lora_weights` reads."""
@@ -253,7 +257,7 @@ class Studio:
         brand = brand_folder()
         yield Note(text="1 of 3: reading 60 OpenMoji pictures; the built-in model has never seen this brand")
         dataset: Dataset | None = None
-        for event in self.ingest(brand, name="OpenMoji", require_captions=True):
+        for event in self.ingest(brand / "photos", name="OpenMoji", require_captions=True):
             dataset = event.dataset if isinstance(event, Ingested) else dataset
             yield event
         assert dataset is not None, "ingest ends with Ingested or raises"
