@@ -36,7 +36,7 @@ def test_an_id_is_the_hash_of_the_canonical_json() -> None:
 
 def test_nouns_are_frozen() -> None:
     with pytest.raises(ValidationError):
-        PHOTO.width = 5  # pyright: ignore[reportAttributeAccessIssue]
+        PHOTO.width = 5
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_an_exported_adapter_is_the_file_that_diffusers_reads(studio: Studio, tm
     assert Path(written.path).read_bytes() == studio.store.read_blob(adapter.sha256)
     base = SD1.load(Path(studio.store.root).parent / "base")
     pipeline = base.pipeline("text-to-image")
-    pipeline.load_lora_weights(written.path)  # pyright: ignore[reportAttributeAccessIssue]
+    pipeline.load_lora_weights(written.path)
     assert any("lora" in name for name, _ in base.denoiser.named_parameters())
 
 
