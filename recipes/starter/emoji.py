@@ -1,8 +1,4 @@
-"""Five design houses' drawings of the same concepts, from their npm packages.
-
-Each set is rendered once to uint8 RGBA and kept in `build/<style>.safetensors`, beside
-`build/concepts.json` (label, tags and group of each concept, in the same order).
-"""
+"""Five design houses' drawings of the same concepts, from their npm packages, each rendered once."""
 
 from __future__ import annotations
 
@@ -64,14 +60,15 @@ def plain(hexcode: str) -> str:
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
-def concepts(recipe: StarterRecipe) -> list[Concept]:
-    """The concepts of the recipe's groups that every set draws, in emojibase order."""
+def concepts(recipe: StarterRecipe, groups: list[int] | None = None) -> list[Concept]:
+    """The concepts of some groups (by default the base's) that every set draws, in emojibase order."""
+    groups = recipe.data.groups if groups is None else groups
     data = json.loads((fetch(recipe.build, LABELS) / "en" / "data.json").read_text())
     names = {style: icon_names(recipe.build, style) for style in PACKAGES}
     found = [
         Concept(e["label"], e.get("tags", []), e["group"], plain(e["hexcode"]))
         for e in data
-        if e.get("group") in recipe.data.groups
+        if e.get("group") in groups
     ]
     return [c for c in found if all(c.hexcode in names[style] for style in PACKAGES)]
 
@@ -105,14 +102,16 @@ def render(svg: str, size: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def drawings(recipe: StarterRecipe, style: str) -> Tensor:
-    """uint8 [concepts, 4, render, render] in the order of `concepts(recipe)`; rendered on first use."""
-    path = recipe.build / f"{style.replace(' ', '-')}.safetensors"
+def drawings(recipe: StarterRecipe, style: str, groups: list[int] | None = None) -> Tensor:
+    """uint8 [concepts, 4, render, render] in the order of `concepts`; rendered on first use."""
+    groups = recipe.data.groups if groups is None else groups
+    name = "-".join([*style.split(), *map(str, groups)])
+    path = recipe.build / f"{name}.safetensors"
     if not path.exists():
         icons = json.loads((fetch(recipe.build, PACKAGES[style]) / "icons.json").read_text())
         names = icon_names(recipe.build, style)
         side, pictures = recipe.data.render, []
-        for concept in concepts(recipe):
+        for concept in concepts(recipe, groups):
             icon = icons["icons"][names[concept.hexcode]]
             pictures.append(torch.from_numpy(render(square_svg(icons, icon), side).copy()))
         save_file({"rgba": torch.stack(pictures).permute(0, 3, 1, 2).contiguous()}, path)

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from recipes.starter import fit
 from recipes.starter.base import tokenizer
-from recipes.starter.emoji import concepts, drawings
+from recipes.starter.emoji import Concept, concepts, drawings
 from recipes.starter.recipe import StarterRecipe
 from recipes.starter.scenes import BACKGROUNDS, Scene, article, paint
 
@@ -32,11 +32,22 @@ class Pair:
     style: int
 
 
+def known(recipe: StarterRecipe) -> list[Concept]:
+    """Every concept that the judge learns; the base knows a part of them."""
+    return concepts(recipe, recipe.judge.groups)
+
+
+def asked(recipe: StarterRecipe) -> list[int]:
+    """The places, among those that the judge knows, of the concepts that the base knows."""
+    return [n for n, concept in enumerate(known(recipe)) if concept.group in recipe.data.groups]
+
+
 def pairs(recipe: StarterRecipe) -> tuple[list[Pair], list[Pair]]:
     """Concept-style pairs: (to learn from, held out). Every concept is seen in at least three sets."""
     rng = random.Random(recipe.judge.seed)
     learn, held = [], []
-    for concept in range(len(concepts(recipe))):
+    core = asked(recipe)
+    for concept in [*core, *sorted(set(range(len(known(recipe)))) - set(core))]:
         styles = list(range(len(recipe.data.judge_styles)))
         out = [style for style in styles if rng.random() < recipe.judge.held_out][:2]
         held += [Pair(concept, style) for style in out]
@@ -109,7 +120,7 @@ def premultiplied(recipe: StarterRecipe) -> Tensor:
     """Every drawing of the judge's styles, uint8 [styles, concepts, 4, S, S], alpha multiplied in."""
     sets = []
     for style in recipe.data.judge_styles:
-        rgba = drawings(recipe, style).float() / 255
+        rgba = drawings(recipe, style, recipe.judge.groups).float() / 255
         rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
         side = recipe.data.size
         small = functional.interpolate(
@@ -124,7 +135,7 @@ class Texts:
 
     def __init__(self, recipe: StarterRecipe, words: CLIPTokenizer) -> None:
         self.words = words
-        self.concepts = self.ids([article(c.label) for c in concepts(recipe)])
+        self.concepts = self.ids([article(c.label) for c in known(recipe)])
         self.styles = self.ids([STYLE_TEMPLATE.format(style=s) for s in recipe.data.judge_styles])
 
     def ids(self, texts: list[str]) -> Tensor:
@@ -149,7 +160,8 @@ def train(recipe: StarterRecipe) -> None:
     model, texts = build(recipe, words), Texts(recipe, words)
     learn, held = pairs(recipe)
     drawn, palette = premultiplied(recipe), list(BACKGROUNDS)
-    settings = recipe.judge
+    settings, core = recipe.judge, set(asked(recipe))
+    focus, held = [p for p in learn if p.concept in core], [p for p in held if p.concept in core]
     job = fit.Fit(
         "judge",
         model,
@@ -159,11 +171,13 @@ def train(recipe: StarterRecipe) -> None:
         warmup=200,
         ema=0.998,
     )
-    labels = [article(c.label) for c in concepts(recipe)]
+    labels = [article(c.label) for c in known(recipe)]
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(settings.seed * 1_000_003 + step)
-        chosen = [rng.choice(learn) for _ in range(settings.batch)]
+        chosen = [
+            rng.choice(focus if rng.random() < settings.focus else learn) for _ in range(settings.batch)
+        ]
         grounds = ["white" if rng.random() < 0.6 else rng.choice(palette) for _ in chosen]
         captions = [
             f"{labels[p.concept]} on {article(ground)} background, "
@@ -174,8 +188,8 @@ def train(recipe: StarterRecipe) -> None:
         colours = torch.tensor([BACKGROUNDS[ground] for ground in grounds]) / 255
         pixels = views(rows, colours, fit.generator(settings.seed, step))
         unique, inverse = texts.ids(captions).unique(dim=0, return_inverse=True)
-        asked = [p.concept for p in chosen] + [rng.randrange(len(labels)) for _ in range(32)]
-        shown, concept = torch.tensor(asked, device=fit.device()).unique(return_inverse=True)
+        rivals = [p.concept for p in chosen] + [rng.randrange(len(labels)) for _ in range(32)]
+        shown, concept = torch.tensor(rivals, device=fit.device()).unique(return_inverse=True)
         with fit.autocast():
             images = image_features(model, pixels.to(fit.device()))
             names = text_features(model, texts.concepts[shown])
@@ -206,15 +220,17 @@ def train(recipe: StarterRecipe) -> None:
 def reliability(recipe: StarterRecipe, model: CLIPModel, texts: Texts, held: list[Pair]) -> dict[str, float]:
     """Share of held-out renderings, centred on white, whose concept and style are found."""
     model.eval()
-    sets = [drawings(recipe, style) for style in recipe.data.judge_styles]
+    sets = [drawings(recipe, style, recipe.judge.groups) for style in recipe.data.judge_styles]
+    core = torch.tensor(asked(recipe))
     scene = Scene("", "white", ((0, 0.5, 0.5, 0.92),))
     found, top5, style_hits = 0, 0, 0
-    names, styles = text_features(model, texts.concepts), text_features(model, texts.styles)
+    names = text_features(model, texts.concepts[core.to(fit.device())])
+    styles = text_features(model, texts.styles)
     for start in range(0, len(held), 64):
         part = held[start : start + 64]
         pixels = [paint(sets[p.style][p.concept][None], scene, recipe.data.size) for p in part]
         images = image_features(model, torch.stack(pixels).to(fit.device()).float() / 255)
-        best = (images @ names.T).topk(5, dim=1).indices.tolist()
+        best = core[(images @ names.T).topk(5, dim=1).indices.cpu()].tolist()
         guess = (images @ styles.T).argmax(1).tolist()
         found += sum(b[0] == p.concept for p, b in zip(part, best, strict=True))
         top5 += sum(p.concept in b for p, b in zip(part, best, strict=True))

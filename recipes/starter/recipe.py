@@ -55,6 +55,8 @@ class Base:
 
 @dataclass(frozen=True)
 class Judge:
+    groups: list[int]
+    focus: float
     width: int
     layers: int
     patch: int
