@@ -1,7 +1,8 @@
 """Kill a training at random moments until it is done, and tell what came out. Run by test_resume.py.
 
-Usage: python resume_victim.py FOLDER KILLS SEED. Prints a JSON object. It is a process of its own, so that
-each victim is a cheap fork of a parent that has computed nothing yet and so has no threads.
+Usage: python resume_victim.py FOLDER KILLS... Does one run per number of kills, in FOLDER/0, /1, ..., and
+prints a JSON list. It is a process of its own, so that each victim is a cheap fork of a parent that has
+computed nothing yet and so has no threads.
 """
 
 import json
@@ -91,12 +92,14 @@ def life(folder: Path, steps: int | None, delay: float) -> tuple[list[dict[str, 
     return heard, os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def outcome(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """One run, killed up to `kills` times: what each life died of and told."""
     chance = random.Random(seed)
     lives = [life(folder, chance.randint(1, 4), chance.uniform(0, 0.05)) for _ in range(kills)]
     lives.append(life(folder, None, 0))
-    print(json.dumps({"deaths": [death for _, death in lives], "events": [heard for heard, _ in lives]}))
+    return {"deaths": [death for _, death in lives], "events": [heard for heard, _ in lives]}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    place, numbers = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
+    print(json.dumps([outcome(place / str(n), kills, seed=n) for n, kills in enumerate(numbers)]))

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 
 from livery.nouns import Photo, Recipe
-from livery.train.batches import batches_of_step, captions_of, random_of, row, with_trigger
+from livery.train.batches import batches_of_step, captions_of, random_of, row
 
 PHOTOS = [Photo(sha256=f"{i:064x}", width=8, height=8, captions=(f"a {i}", f"b {i}")) for i in range(5)]
 
@@ -51,11 +51,8 @@ def test_no_caption_is_dropped_at_zero_and_each_at_one():
     assert not any(row(PHOTOS, Recipe(caption_dropout=1), i).caption for i in range(50))
 
 
-def test_the_trigger_is_put_behind_once():
-    assert with_trigger("a cat", "acme style") == "a cat, acme style"
-    assert with_trigger("a cat in Acme Style", "acme style") == "a cat in Acme Style"
-    assert with_trigger("", "acme style") == "acme style"
-    assert with_trigger("a cat", "") == "a cat"
+def test_the_trigger_stands_behind_each_caption_and_alone_where_there_is_none():
+    assert captions_of(PHOTOS[0], "x") == ("a 0, x", "b 0, x")
     assert captions_of(Photo(sha256="0" * 64, width=1, height=1), "x") == ("x",)
 
 

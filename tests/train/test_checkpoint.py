@@ -60,23 +60,11 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_sentence(tmp_path: Path, 
     assert str(tmp_path) in str(caught.value)
 
 
-def test_no_checkpoint_is_none_and_clear_forgets(tmp_path: Path):
+def test_no_checkpoint_is_none_clear_forgets_and_sweep_removes_what_a_kill_left(tmp_path: Path):
     assert checkpoint.latest(tmp_path / "nowhere", IDENTITY, CPU) is None
     checkpoint.write(tmp_path, journal(1), {})
-    (tmp_path / "step-1.safetensors.ab12.part").write_bytes(b"half")
+    (tmp_path / ".step-00000002.safetensors.ab12cd34").write_bytes(b"half")
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
     checkpoint.clear(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "x"
-    checkpoint.write_bytes(path, b"old")
-
-    def fail(_: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]

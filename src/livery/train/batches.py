@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from livery.nouns import Photo, Recipe
+from livery.nouns import Photo, Recipe, with_trigger
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,6 @@ def random_of(*names: int | str) -> torch.Generator:
     """A CPU generator whose seed is the hash of its names, so streams never run into each other."""
     digest = hashlib.sha256("/".join(str(name) for name in names).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def with_trigger(caption: str, trigger: str) -> str:
-    """The caption with the trigger words behind it, unless they are in it already (in any case)."""
-    if not trigger or trigger.casefold() in caption.casefold():
-        return caption
-    return f"{caption}, {trigger}" if caption else trigger
 
 
 def captions_of(photo: Photo, trigger: str) -> tuple[str, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from livery.files import write_bytes
 from livery.nouns import LiveryError, Noun, Sample, Sha256, Step, Validation
 
 KEPT = 2
@@ -48,23 +47,8 @@ class Progressed:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write atomically: a kill leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, save(whole, metadata))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Temporary name, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write(folder: Path, journal: Journal, tensors: Mapping[str, Tensor]) -> None:
@@ -88,8 +72,14 @@ def latest(folder: Path, identity: Identity, device: torch.device) -> Progressed
 
 
 def clear(folder: Path) -> None:
-    """Forget every checkpoint, and what a kill left half-written."""
-    for path in [*_files(folder), *folder.glob("*.part")]:
+    """Forget every checkpoint."""
+    for path in _files(folder):
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill left half-written."""
+    for path in folder.glob(".step-*.safetensors.*"):
         path.unlink(missing_ok=True)
 
 

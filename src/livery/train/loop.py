@@ -46,6 +46,7 @@ def train(
     side = _side(recipe, backbone)
     identity = checkpoint.Identity(recipe=recipe.id, dataset=dataset.id, base=backbone.sha256)
     _require_photos(dataset)
+    checkpoint.sweep(folder)
     if not resume:
         checkpoint.clear(folder)
     found = checkpoint.latest(folder, identity, backbone.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from livery import __version__
+from livery.files import write_bytes
 from livery.models.backbone import Backbone
 from livery.models.device import device_name, peak_memory_bytes
 from livery.nouns import (
@@ -27,9 +28,9 @@ from livery.nouns import (
     Step,
     Trained,
     Validation,
+    with_trigger,
 )
 from livery.train import checkpoint
-from livery.train.batches import with_trigger
 from livery.train.cache import Encodings
 from livery.train.learner import Learner
 from livery.train.validation import Grid, held_out_loss
@@ -52,7 +53,7 @@ class Outlets:
 
     def keep(self, content: bytes, name: str) -> str:
         """Store bytes under `name` in the folder and as a blob; their SHA-256."""
-        checkpoint.write_bytes(self.folder / name, content)
+        write_bytes(self.folder / name, content)
         return self.put_blob(content) if self.put_blob else hashlib.sha256(content).hexdigest()
 
 

@@ -27,7 +27,7 @@ class Grid:
 
     photos: tuple[Photo, ...]
     trigger: str
-    min_snr_gamma: float | None
+    min_snr_gamma: float
     precision: Precision
     batch_size: int
 
