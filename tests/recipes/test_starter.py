@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from recipes.starter import brand, fit, vae
 from recipes.starter.emoji import Concept, square_svg
 from recipes.starter.recipe import StarterRecipe
-from recipes.starter.scenes import BACKGROUNDS, Captions, Scene, article, pair, paint, plural, several, single
+from recipes.starter.scenes import BACKGROUNDS, Captions, Scene, article, paint, pair, plural, several, single
 
 CONCEPTS = [
     Concept("red apple", ["apple", "fruit"], 4, "1f34e"),
