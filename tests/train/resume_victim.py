@@ -23,7 +23,7 @@ from livery.train.loop import train
 
 RECIPE = Recipe(
     tuners=(TunerSpec(rank=2),),
-    steps=12,
+    steps=20,
     batch_size=2,
     accumulate=2,
     warmup_steps=3,
@@ -95,7 +95,7 @@ def life(folder: Path, steps: int | None, delay: float) -> tuple[list[dict[str, 
 def outcome(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """One run, killed up to `kills` times: what each life died of and told."""
     chance = random.Random(seed)
-    lives = [life(folder, chance.randint(1, 4), chance.uniform(0, 0.05)) for _ in range(kills)]
+    lives = [life(folder, chance.randint(1, 4), chance.uniform(0, 0.03)) for _ in range(kills)]
     lives.append(life(folder, None, 0))
     return {"deaths": [death for _, death in lives], "events": [heard for heard, _ in lives]}
 

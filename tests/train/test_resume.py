@@ -50,8 +50,8 @@ def test_killed_and_resumed_it_writes_the_same_adapter(outcomes: list[Outcome]):
 
 
 def test_killed_and_resumed_its_curves_are_whole_and_the_same(outcomes: list[Outcome]):
-    assert [step["step"] for step in outcomes[0].record["steps"]] == list(range(1, 13))
-    assert [look["step"] for look in outcomes[0].record["validations"]] == [0, 5, 10, 12]
+    assert [step["step"] for step in outcomes[0].record["steps"]] == list(range(1, 21))
+    assert [look["step"] for look in outcomes[0].record["validations"]] == [0, 5, 10, 15, 20]
     for killed in outcomes[1:]:
         assert killed.record["steps"] == outcomes[0].record["steps"]
         assert killed.record["validations"] == outcomes[0].record["validations"]
