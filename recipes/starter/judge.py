@@ -161,7 +161,7 @@ def train(recipe: StarterRecipe) -> None:
     learn, held = pairs(recipe)
     drawn, palette = premultiplied(recipe), list(BACKGROUNDS)
     settings, core = recipe.judge, set(asked(recipe))
-    focus, held = [p for p in learn if p.concept in core], [p for p in held if p.concept in core]
+    focus = [p for p in learn if p.concept in core]
     job = fit.Fit(
         "judge",
         model,
@@ -218,10 +218,11 @@ def train(recipe: StarterRecipe) -> None:
 
 @torch.no_grad()
 def reliability(recipe: StarterRecipe, model: CLIPModel, texts: Texts, held: list[Pair]) -> dict[str, float]:
-    """Share of held-out renderings, centred on white, whose concept and style are found."""
+    """Share of held-out renderings of the base's things, on white, whose concept and style are found."""
     model.eval()
     sets = [drawings(recipe, style, recipe.judge.groups) for style in recipe.data.judge_styles]
     core = torch.tensor(asked(recipe))
+    held = [pair for pair in held if pair.concept in set(core.tolist())]
     scene = Scene("", "white", ((0, 0.5, 0.5, 0.92),))
     found, top5, style_hits = 0, 0, 0
     names = text_features(model, texts.concepts[core.to(fit.device())])
