@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 VICTIM = Path(__file__).with_name("resume_victim.py")
-KILLS = (0, 4, 4, 4)
+KILLS = (0, 3, 3)
 
 
 class Outcome(NamedTuple):
@@ -46,7 +46,7 @@ def test_the_kills_came_in_time_to_prove_something(outcomes: list[Outcome]):
 
 
 def test_killed_and_resumed_it_writes_the_same_adapter(outcomes: list[Outcome]):
-    assert [killed.adapter == outcomes[0].adapter for killed in outcomes[1:]] == [True] * 3
+    assert [killed.adapter == outcomes[0].adapter for killed in outcomes[1:]] == [True] * 2
 
 
 def test_killed_and_resumed_its_curves_are_whole_and_the_same(outcomes: list[Outcome]):
