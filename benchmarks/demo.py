@@ -47,7 +47,7 @@ def measure(command: list[str]) -> None:
         raise SystemExit(f"the demo failed with exit code {process.returncode}")
     ended = time.monotonic()
     edges = [*stages.values(), ended]
-    for name, first, last in zip(stages, edges, edges[1:], strict=True):
+    for name, first, last in zip(stages, edges[:-1], edges[1:], strict=True):
         print(f"{name:20} {last - first:7.1f} s")
     print(f"{'in all':20} {ended - began:7.1f} s")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
