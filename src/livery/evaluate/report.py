@@ -15,7 +15,7 @@ from PIL import Image
 from livery import __version__
 from livery.evaluate import charts, verdict
 from livery.evaluate.wording import ARMS, METRICS, Arm, Metric, duration, learning, megabytes
-from livery.nouns import Dataset, LiveryError, Photo, Picture, Recipe, Report, Run, Suite
+from livery.nouns import Dataset, LiveryError, Photo, Picture, Recipe, Report, Run, Suite, TunerSpec
 
 SHOWN = 12  # prompts in the open; the rest is folded
 LARGEST = 256  # pixels: the longer side of an embedded picture
@@ -193,11 +193,16 @@ def _settings(recipe: Recipe | None) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in recipe.model_dump().items():
         if key == "tuners":
-            value = "; ".join(f"{t.kind}, rank {t.rank}, alpha {t.alpha or t.rank:g}" for t in recipe.tuners)
+            value = "; ".join(_tuner(spec) for spec in recipe.tuners)
         elif isinstance(value, tuple | list):
             value = "; ".join(str(part) for part in value)
         rows.append((key.replace("_", " "), "—" if value in (None, "") else str(value)))
     return rows
+
+
+def _tuner(spec: TunerSpec) -> str:
+    where = f", on {spec.targets}" if spec.targets else ""
+    return f"{spec.kind}, rank {spec.rank}, alpha {spec.alpha or spec.rank:g}{where}"
 
 
 def _credits(photos: Sequence[Photo]) -> list[tuple[str, str, int]]:
