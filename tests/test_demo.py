@@ -40,6 +40,7 @@ def test_the_starter_is_light_and_says_what_it_is() -> None:
     weights = list(STARTER.rglob("*.safetensors"))
     assert len(weights) == 4  # autoencoder, text encoder, UNet, judge
     assert sum(file.stat().st_size for file in weights) <= SAFETENSORS_LIMIT
+    assert all("_name_or_path" not in file.read_text() for file in STARTER.rglob("*.json"))
     measured = json.loads((STARTER / "measured.json").read_text())
     card = (STARTER / "README.md").read_text()
     for figure in (measured["vae_psnr_openmoji_db"], measured["style"], measured["concept_top5"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 from recipes.starter.brand import STARTER
@@ -14,6 +15,10 @@ def write(recipe: StarterRecipe) -> None:
     for name, part in {"base": "model", "judge": "judge"}.items():
         shutil.rmtree(STARTER / name, ignore_errors=True)
         shutil.copytree(recipe.build / part, STARTER / name)
+    for config in STARTER.rglob("config.json"):
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)  # where it was built is nobody's business
+        config.write_text(json.dumps(values, indent=2) + "\n")
     size = sum(file.stat().st_size for file in STARTER.rglob("*.safetensors"))
     print(f"starter weights: {size / 1e6:.1f} MB")
     if size > LIMIT:
