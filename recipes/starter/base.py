@@ -169,22 +169,17 @@ def train(recipe: StarterRecipe) -> None:
 
     for step, loss in job.run(loss_of):
         print(f"base {step}/{job.steps} loss {loss:.4f} {job.seconds:.0f} s", flush=True)
-        if step * 4 // job.steps != (step - 100) * 4 // job.steps:
-            save(recipe, model, job, words, law)
-    save(recipe, model, job, words, law)
-
-
-def save(recipe: StarterRecipe, model: Generator, job: fit.Fit, words: CLIPTokenizer, law: Any) -> None:
-    """Write the averaged weights as a diffusers folder, beside the autoencoder."""
-    live = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(job.average)
+    save(recipe, model, words, law)
+
+
+def save(recipe: StarterRecipe, model: Generator, words: CLIPTokenizer, law: Any) -> None:
+    """Write a diffusers folder in half precision; `pack` adds the autoencoder as it stands then."""
     folder = recipe.build / "model"
     for name, part in {"unet": model.unet, "text_encoder": model.text_encoder}.items():
         part.half().save_pretrained(folder / name)
-        part.float()
     words.save_pretrained(folder / "tokenizer")
     law.save_pretrained(folder / "scheduler")
-    vae.load(recipe.build / "vae").half().save_pretrained(folder / "vae")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -197,4 +192,3 @@ def save(recipe: StarterRecipe, model: Generator, job: fit.Fit, words: CLIPToken
         "vae": ["diffusers", "AutoencoderKL"],
     }
     Path(folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    model.load_state_dict(live)

@@ -89,6 +89,16 @@ class Fit:
                 yield self.step, total / count
                 total, count = 0.0, 0
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the module, for the length of a `with`."""
+        live = {k: v.clone() for k, v in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            self.module.load_state_dict(live)
+
     @torch.no_grad()
     def _follow(self) -> None:
         if self.decay is None:

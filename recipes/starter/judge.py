@@ -204,14 +204,9 @@ def train(recipe: StarterRecipe) -> None:
         )
 
     for step, loss in job.run(loss_of):
-        live = {k: v.clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(job.average)
-        print(
-            f"judge {step}/{job.steps} loss {loss:.3f} {reliability(recipe, model, texts, held)} "
-            f"{job.seconds:.0f} s",
-            flush=True,
-        )
-        model.load_state_dict(live)
+        with job.averaged():
+            scores = reliability(recipe, model, texts, held)
+        print(f"judge {step}/{job.steps} loss {loss:.3f} {scores} {job.seconds:.0f} s", flush=True)
     model.load_state_dict(job.average)
     save(recipe, model, words, reliability(recipe, model, texts, held))
 

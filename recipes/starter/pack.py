@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+from recipes.starter import vae
 from recipes.starter.brand import STARTER
 from recipes.starter.recipe import StarterRecipe
 
@@ -15,6 +16,7 @@ def write(recipe: StarterRecipe) -> None:
     for name, part in {"base": "model", "judge": "judge"}.items():
         shutil.rmtree(STARTER / name, ignore_errors=True)
         shutil.copytree(recipe.build / part, STARTER / name)
+    vae.load(recipe.build / "vae").half().save_pretrained(STARTER / "base" / "vae")
     for config in STARTER.rglob("config.json"):
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)  # where it was built is nobody's business

@@ -119,10 +119,8 @@ def train(recipe: StarterRecipe) -> None:
 
     truth = unseen(recipe)[::8]
     for step, loss in job.run(loss_of):
-        live = {k: v.clone() for k, v in vae.state_dict().items()}
-        vae.load_state_dict(job.average)
-        score = psnr(reconstruct(vae, truth), truth).mean()
-        vae.load_state_dict(live)
+        with job.averaged():
+            score = psnr(reconstruct(vae, truth), truth).mean()
         print(
             f"vae {step}/{job.steps} loss {loss:.4f} unseen PSNR {score:.2f} dB {job.seconds:.0f} s",
             flush=True,
@@ -166,11 +164,9 @@ def polish(recipe: StarterRecipe) -> None:
 
     truth = unseen(recipe)[::8]
     for step, loss in job.run(loss_of):
-        live = {k: v.clone() for k, v in half.state_dict().items()}
-        half.load_state_dict(job.average)
-        vae.save_pretrained(recipe.build / "vae")
-        score = psnr(reconstruct(vae, truth), truth).mean()
-        half.load_state_dict(live)
+        with job.averaged():
+            vae.save_pretrained(recipe.build / "vae")
+            score = psnr(reconstruct(vae, truth), truth).mean()
         print(
             f"decoder {step}/{job.steps} loss {loss:.4f} unseen PSNR {score:.2f} dB {job.seconds:.0f} s",
             flush=True,

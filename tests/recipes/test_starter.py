@@ -151,3 +151,13 @@ def test_psnr_is_in_decibels_of_a_range_of_two() -> None:
 
 def test_slugs_are_file_names() -> None:
     assert brand.slug("piñata & co") == "piata---co"
+
+
+def test_averaged_weights_are_there_for_a_while_only(tmp_path: Path) -> None:
+    job = live(tmp_path, 3)
+    before = {name: value.clone() for name, value in job.module.state_dict().items()}
+    with job.averaged():
+        inside = job.module.state_dict()
+        assert all(torch.equal(inside[name], job.average[name]) for name in before)
+        assert not torch.equal(inside["used.weight"], before["used.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in job.module.state_dict().items())
