@@ -16,15 +16,16 @@ STAGES = {
     "pack": "recipes.starter.pack:write",
     "measure": "recipes.starter.measure:write",
 }
+UNPACK = {"unpack": "recipes.starter.unpack:write"}  # instead of `vae`: go on from the weights that ship
 
 
 def main(names: list[str]) -> None:
-    unknown = [name for name in names if name not in {*STAGES, "all"}]
+    unknown = [name for name in names if name not in {*STAGES, *UNPACK, "all"}]
     if unknown or not names:
-        raise SystemExit(f"name stages to run, in order: {', '.join(STAGES)}, or all")
+        raise SystemExit(f"name stages to run, in order: {', '.join([*UNPACK, *STAGES])}, or all")
     recipe = StarterRecipe.read()
     for name in STAGES if "all" in names else names:
-        module, function = STAGES[name].split(":")
+        module, function = {**UNPACK, **STAGES}[name].split(":")
         getattr(import_module(module), function)(recipe)
 
 

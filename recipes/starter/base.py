@@ -113,6 +113,16 @@ class Generator(nn.Module):
         return self.unet(noisy, t, tokens).sample
 
 
+def started(recipe: StarterRecipe, model: Generator) -> Generator:
+    """With the weights that `unpack` left, where there are some."""
+    folder = recipe.build / "model"
+    if folder.exists():
+        for part, kind in {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}.items():
+            weights: Any = kind.from_pretrained(folder / part, torch_dtype=torch.float32)
+            getattr(model, part).load_state_dict(weights.state_dict())
+    return model
+
+
 def scheduler() -> Any:
     """Stable Diffusion's schedule with v-prediction, rescaled to end in pure noise.
 
@@ -134,7 +144,7 @@ def train(recipe: StarterRecipe) -> None:
     scenes = bank(recipe)
     clean, words = latents(recipe, scenes), tokenizer(recipe, scenes)
     captions, law = Captions(concepts(recipe)), scheduler()
-    model = Generator(recipe, words)
+    model = started(recipe, Generator(recipe, words))
     settings = recipe.base
     job = fit.Fit(
         "base",

@@ -56,11 +56,12 @@ class Fit:
         peak: float,
         warmup: int,
         ema: float | None = None,
+        weight_decay: float = 0.01,
     ) -> None:
         self.name, self.module, self.path = name, module.to(device()), build / f"{name}.fit.safetensors"
         self.steps, self.peak, self.warmup, self.decay = steps, peak, warmup, ema
         self.optimizer = torch.optim.AdamW(
-            module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+            module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.average = {k: v.detach().clone() for k, v in module.state_dict().items()} if ema else {}
         self.step, self.seconds = 0, 0.0

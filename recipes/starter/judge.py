@@ -89,31 +89,44 @@ def build(recipe: StarterRecipe, words: CLIPTokenizer) -> CLIPModel:
     return model
 
 
-def views(drawn: Tensor, colours: Tensor, draw: torch.Generator) -> Tensor:
+def views(drawn: Tensor, colours: Tensor, shape: Tensor, draw: torch.Generator) -> Tensor:
     """Premultiplied drawings [B, 4, S, S] in [0, 1] on colours [B, 3] -> training views [B, 3, S, S].
 
-    Each is moved, zoomed, turned, mirrored, shifted in colour, and some are made soft: pictures that a model
-    drew must not look foreign.
+    A few thousand drawings are soon known by heart, so each is seen as something else every time. Rows where
+    `shape` [B] is true are to be named by what they show: bent, recoloured, faded to grey. The others are to
+    be named by how they are drawn: zoomed and turned far, colours and lines nearly as they are.
     """
 
-    def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(drawn), generator=draw)
+    def between(low: float, high: float, *size: int) -> Tensor:
+        return low + (high - low) * torch.rand((len(drawn), *size), generator=draw)
 
-    zoom = between(-0.35, 0.35).exp() / 0.95
-    turn = between(-0.25, 0.25)
+    near = torch.where(shape | (between(0, 1) < 0.4), between(-0.35, 0.35), between(-1.0, 0.2)).exp()
+    turn = torch.where(shape, between(-0.45, 0.45), between(-1.6, 1.6) * (between(0, 1) < 0.5))
     mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
-    cos, sin = zoom * turn.cos(), zoom * turn.sin()
-    rows = [cos * mirror, -sin, between(-0.15, 0.15), sin * mirror, cos, between(-0.15, 0.15)]
-    theta = torch.stack(rows, 1).reshape(-1, 2, 3)
-    grid = functional.affine_grid(theta, list(drawn.shape), align_corners=False)
+    stretch, shear = between(-0.25, 0.25).exp(), between(-0.2, 0.2) * shape
+    move = torch.where(shape, 0.2, (1.1 - near).clamp(0.1, 0.6))
+    cos, sin = near / 0.95 * turn.cos(), near / 0.95 * turn.sin()
+    rows = [cos * mirror * stretch, shear - sin, move * between(-1, 1)]
+    rows += [sin * mirror * stretch, cos, move * between(-1, 1)]
+    grid = functional.affine_grid(torch.stack(rows, 1).reshape(-1, 2, 3), list(drawn.shape), align_corners=False)
+    bend = functional.interpolate(between(-1, 1, 2, 5, 5), drawn.shape[-2:], mode="bicubic", align_corners=True)
+    grid = grid + 0.09 * bend.permute(0, 2, 3, 1) * (shape & (between(0, 1) < 0.7))[:, None, None, None]
     placed = functional.grid_sample(drawn, grid, align_corners=False)
     pixels = placed[:, :3] + colours[:, :, None, None] * (1 - placed[:, 3:])
+
     small = functional.avg_pool2d(pixels, 2)
     soft = functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
-    amount = torch.where(between(0, 1) < 0.35, between(0.3, 1), torch.zeros(len(drawn)))[:, None, None, None]
-    pixels = pixels.lerp(soft, amount)
-    gain = 1 + 0.12 * (2 * torch.rand((len(drawn), 3), generator=draw) - 1)
-    return (pixels * gain[:, :, None, None]).clamp(0, 1)
+    amount = between(0, 1) * (between(0, 1) < torch.where(shape, 0.5, 0.25))
+    pixels = pixels.lerp(soft, amount[:, None, None, None])
+
+    # A colour matrix per row: near the identity for the way of drawing, anything that mixes hues for shapes.
+    wild = (shape & (between(0, 1) < 0.6)).float()[:, None, None]
+    mixed = functional.normalize(between(0, 1, 3, 3).square(), p=1, dim=2)
+    grey = torch.full_like(mixed, 1 / 3)
+    mixed = torch.where((between(0, 1) < 0.3)[:, None, None], grey, mixed)
+    gain = torch.diag_embed(1 + (0.03 + 0.2 * shape.float()[:, None]) * between(-1, 1, 3))
+    matrix = gain @ (torch.eye(3) + wild * between(0.3, 1, 1, 1) * (mixed - torch.eye(3)))
+    return torch.einsum("bij,bjhw->bihw", matrix, pixels).clamp(0, 1)
 
 
 def premultiplied(recipe: StarterRecipe) -> Tensor:
@@ -149,9 +162,18 @@ def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
     return functional.normalize(model.text_projection(pooled).float(), dim=-1)
 
 
-def image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """pixels [B, 3, S, S] in [0, 1] -> unit-length [B, D]."""
-    pooled = model.vision_model(pixels * 2 - 1).pooler_output
+def image_features(model: CLIPModel, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+    """pixels [B, 3, S, S] in [0, 1] -> unit-length [B, D]; `keep` [B, K]: the patches that are looked at.
+
+    Hiding patches while training is faster and a strong regulariser: Li et al. 2023, arXiv:2212.00794.
+    """
+    tower = model.vision_model
+    tokens = tower.embeddings(pixels * 2 - 1)
+    if keep is not None:
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        tokens = torch.cat([tokens[:, :1], tokens[rows, 1 + keep]], 1)
+    states = tower.encoder(inputs_embeds=tower.pre_layrnorm(tokens)).last_hidden_state
+    pooled = tower.post_layernorm(states[:, 0])
     return functional.normalize(model.visual_projection(pooled).float(), dim=-1)
 
 
@@ -170,8 +192,12 @@ def train(recipe: StarterRecipe) -> None:
         peak=settings.learning_rate,
         warmup=200,
         ema=0.998,
+        weight_decay=settings.weight_decay,
     )
     labels = [article(c.label) for c in known(recipe)]
+    known_in: dict[int, list[int]] = {}
+    for one in learn:
+        known_in.setdefault(one.concept, []).append(one.style)
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(settings.seed * 1_000_003 + step)
@@ -184,23 +210,34 @@ def train(recipe: StarterRecipe) -> None:
             + STYLE_TEMPLATE.format(style=recipe.data.judge_styles[p.style])
             for p, ground in zip(chosen, grounds, strict=True)
         ]
+        draw = fit.generator(settings.seed, step)
         rows = drawn[[p.style for p in chosen], [p.concept for p in chosen]].float() / 255
+        shape = torch.rand(len(chosen), generator=draw) < settings.shapes
+        # Half of the shapes are faded into another house's drawing of the same thing.
+        others = [rng.choice(known_in[p.concept]) for p in chosen]
+        share = torch.rand(len(chosen), generator=draw) * (torch.rand(len(chosen), generator=draw) < 0.5) * shape
+        rows = rows.lerp(drawn[others, [p.concept for p in chosen]].float() / 255, share[:, None, None, None])
         colours = torch.tensor([BACKGROUNDS[ground] for ground in grounds]) / 255
-        pixels = views(rows, colours, fit.generator(settings.seed, step))
+        pixels = views(rows, colours, shape, draw)
+        patches = (recipe.data.size // settings.patch) ** 2
+        seen = patches if step > 0.92 * settings.steps else round(settings.seen * patches)
+        keep = torch.rand((len(chosen), patches), generator=draw).argsort(1)[:, :seen]
         unique, inverse = texts.ids(captions).unique(dim=0, return_inverse=True)
         rivals = [p.concept for p in chosen] + [rng.randrange(len(labels)) for _ in range(32)]
         shown, concept = torch.tensor(rivals, device=fit.device()).unique(return_inverse=True)
         with fit.autocast():
-            images = image_features(model, pixels.to(fit.device()))
+            images = image_features(model, pixels.to(fit.device()), keep.to(fit.device()))
             names = text_features(model, texts.concepts[shown])
             styles = text_features(model, texts.styles)
             full = text_features(model, unique)
         concept = concept[: len(chosen)]
         style = torch.tensor([p.style for p in chosen], device=fit.device())
+        shape = shape.to(fit.device())
+        looks = functional.cross_entropy(TEMPERATURE * images @ styles.T, style, reduction="none", label_smoothing=0.1)
+        whole = functional.cross_entropy(TEMPERATURE * images @ full.T, inverse, reduction="none")
         return (
-            functional.cross_entropy(TEMPERATURE * images @ names.T, concept, label_smoothing=0.05)
-            + functional.cross_entropy(TEMPERATURE * images @ styles.T, style, label_smoothing=0.05)
-            + 0.5 * functional.cross_entropy(TEMPERATURE * images @ full.T, inverse)
+            functional.cross_entropy(TEMPERATURE * images @ names.T, concept, label_smoothing=0.1)
+            + ((looks + 0.25 * whole) * ~shape).mean() / (1 - settings.shapes)
         )
 
     for step, loss in job.run(loss_of):

@@ -57,6 +57,8 @@ class Base:
 class Judge:
     groups: list[int]
     focus: float
+    shapes: float
+    seen: float
     width: int
     layers: int
     patch: int
@@ -65,6 +67,7 @@ class Judge:
     batch: int
     steps: int
     learning_rate: float
+    weight_decay: float
     held_out: float
     seed: int
 

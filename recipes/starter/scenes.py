@@ -105,6 +105,11 @@ def plural(name: str) -> str:
     return name + "s"
 
 
+def unknown_word(rng: random.Random) -> str:
+    """A word of no meaning: triggers that adapters bring must not blur what the known words say."""
+    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice([2, 3, 4])))
+
+
 class Captions:
     """Writes captions: names from emojibase, sometimes a synonym that means this concept alone."""
 
@@ -135,4 +140,6 @@ class Captions:
         # White is the default of icons: name it only sometimes.
         if scene.background != "white" or rng.random() < 0.3:
             what += f" on {article(scene.background)} background"
+        if rng.random() < 0.1:
+            what += f", {unknown_word(rng)} style"
         return what if rng.random() < 0.1 else f"{what}, {scene.style} style"
