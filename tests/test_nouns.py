@@ -13,12 +13,12 @@ from livery.nouns import (
     Dataset,
     Event,
     LiveryError,
+    LowRankSpec,
     Note,
     Photo,
     Progress,
     Recipe,
     Step,
-    TunerSpec,
     with_trigger,
 )
 
@@ -47,7 +47,7 @@ def test_nouns_are_frozen() -> None:
         ({"zzzz": 1}, "unknown key 'zzzz': known keys:"),
         ({"steps": -1}, "steps: Input should be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate: "),
-        ({"precision": "fp8"}, "precision: Input should be 'auto', 'fp32' or 'bf16'"),
+        ({"precision": "fp8"}, "precision: Input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
     ],
 )
 def test_bad_input_is_one_sentence_that_names_the_key(data: dict[str, object], complaint: str) -> None:
@@ -60,7 +60,7 @@ def test_bad_input_is_one_sentence_that_names_the_key(data: dict[str, object], c
 
 @given(st.integers(1, 512), st.floats(1e-6, 1), st.text(max_size=20))
 def test_a_recipe_survives_json(rank: int, rate: float, trigger: str) -> None:
-    recipe = Recipe(tuners=(TunerSpec(rank=rank),), learning_rate=rate, trigger=trigger)
+    recipe = Recipe(tuners=(LowRankSpec(rank=rank),), learning_rate=rate, trigger=trigger)
     again = Recipe.model_validate_json(recipe.model_dump_json())
     assert again == recipe
     assert again.id == recipe.id

@@ -20,11 +20,11 @@ from livery.nouns import (
     Event,
     Ingested,
     LiveryError,
+    LowRankSpec,
     Recipe,
     Report,
     Run,
     Trained,
-    TunerSpec,
     Written,
 )
 from livery.store import Store
@@ -65,7 +65,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(home: Path) -> Recipe:
     return Recipe(
         base=str(home / "base"),
-        tuners=(TunerSpec(rank=2),),
+        tuners=(LowRankSpec(rank=2),),
         trigger="our style",
         steps=3,
         batch_size=2,

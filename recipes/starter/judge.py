@@ -108,8 +108,12 @@ def views(drawn: Tensor, colours: Tensor, shape: Tensor, draw: torch.Generator) 
     cos, sin = near / 0.95 * turn.cos(), near / 0.95 * turn.sin()
     rows = [cos * mirror * stretch, shear - sin, move * between(-1, 1)]
     rows += [sin * mirror * stretch, cos, move * between(-1, 1)]
-    grid = functional.affine_grid(torch.stack(rows, 1).reshape(-1, 2, 3), list(drawn.shape), align_corners=False)
-    bend = functional.interpolate(between(-1, 1, 2, 5, 5), drawn.shape[-2:], mode="bicubic", align_corners=True)
+    grid = functional.affine_grid(
+        torch.stack(rows, 1).reshape(-1, 2, 3), list(drawn.shape), align_corners=False
+    )
+    bend = functional.interpolate(
+        between(-1, 1, 2, 5, 5), drawn.shape[-2:], mode="bicubic", align_corners=True
+    )
     grid = grid + 0.09 * bend.permute(0, 2, 3, 1) * (shape & (between(0, 1) < 0.7))[:, None, None, None]
     placed = functional.grid_sample(drawn, grid, align_corners=False)
     pixels = placed[:, :3] + colours[:, :, None, None] * (1 - placed[:, 3:])
@@ -215,7 +219,9 @@ def train(recipe: StarterRecipe) -> None:
         shape = torch.rand(len(chosen), generator=draw) < settings.shapes
         # Half of the shapes are faded into another house's drawing of the same thing.
         others = [rng.choice(known_in[p.concept]) for p in chosen]
-        share = torch.rand(len(chosen), generator=draw) * (torch.rand(len(chosen), generator=draw) < 0.5) * shape
+        share = (
+            torch.rand(len(chosen), generator=draw) * (torch.rand(len(chosen), generator=draw) < 0.5) * shape
+        )
         rows = rows.lerp(drawn[others, [p.concept for p in chosen]].float() / 255, share[:, None, None, None])
         colours = torch.tensor([BACKGROUNDS[ground] for ground in grounds]) / 255
         pixels = views(rows, colours, shape, draw)
@@ -233,12 +239,13 @@ def train(recipe: StarterRecipe) -> None:
         concept = concept[: len(chosen)]
         style = torch.tensor([p.style for p in chosen], device=fit.device())
         shape = shape.to(fit.device())
-        looks = functional.cross_entropy(TEMPERATURE * images @ styles.T, style, reduction="none", label_smoothing=0.1)
-        whole = functional.cross_entropy(TEMPERATURE * images @ full.T, inverse, reduction="none")
-        return (
-            functional.cross_entropy(TEMPERATURE * images @ names.T, concept, label_smoothing=0.1)
-            + ((looks + 0.25 * whole) * ~shape).mean() / (1 - settings.shapes)
+        looks = functional.cross_entropy(
+            TEMPERATURE * images @ styles.T, style, reduction="none", label_smoothing=0.1
         )
+        whole = functional.cross_entropy(TEMPERATURE * images @ full.T, inverse, reduction="none")
+        return functional.cross_entropy(TEMPERATURE * images @ names.T, concept, label_smoothing=0.1) + (
+            (looks + 0.25 * whole) * ~shape
+        ).mean() / (1 - settings.shapes)
 
     for step, loss in job.run(loss_of):
         with job.averaged():

@@ -107,7 +107,9 @@ def plural(name: str) -> str:
 
 def unknown_word(rng: random.Random) -> str:
     """A word of no meaning: triggers that adapters bring must not blur what the known words say."""
-    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice([2, 3, 4])))
+    return "".join(
+        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice([2, 3, 4]))
+    )
 
 
 class Captions:

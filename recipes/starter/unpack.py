@@ -1,4 +1,4 @@
-"""Puts the packed weights back to where the stages go on from: a fresh clone trains the shipped starter further."""
+"""Puts the packed weights back into `build/`: a fresh clone trains the shipped starter further."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 CHUNK = 1 << 20  # bytes read at a time
 STALE = 24 * 3600  # seconds after which an untouched temporary file belongs to a dead process
 
-BLOB_KEYS = frozenset({"sha256", "reference", "references", "html"})
+BLOB_KEYS = frozenset({"sha256", "reference", "references", "html", "mask"})
 """The fields of nouns that name blobs. Any other hash in a noun is the id of a noun, or of a base model."""
 
 _HEX = re.compile(r"[0-9a-f]+")

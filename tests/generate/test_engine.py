@@ -12,7 +12,7 @@ from PIL import Image
 
 from livery.generate.engine import SAMPLERS, Engine, png_bytes
 from livery.models.sd1 import SD1
-from livery.nouns import AdapterCard, LiveryError, Recipe, TunerSpec
+from livery.nouns import AdapterCard, LiveryError, LowRankSpec, Recipe
 from livery.tuners.adapter_file import write_adapter
 from livery.tuners.tuner import attach_all, build
 
@@ -33,7 +33,7 @@ def engine(base: SD1) -> Engine:
 @pytest.fixture(scope="module")
 def adapter(base: SD1, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter whose second matrices are no longer zero, so that it changes what is drawn."""
-    recipe = Recipe(tuners=(TunerSpec(rank=2),))
+    recipe = Recipe(tuners=(LowRankSpec(rank=2),))
     attached = attach_all([build(spec) for spec in recipe.tuners], base)
     state = {name: t + 0.3 * ("lora_B" in name) for name, t in attached.state().items()}
     attached.undo()

@@ -15,15 +15,15 @@ from torch import Tensor
 from livery import plugins
 from livery.models.backbone import Backbone
 from livery.models.load import load_backbone
-from livery.nouns import AdapterCard, Recipe, TunerSpec
+from livery.nouns import AdapterCard, LowRankSpec, Recipe
 from livery.tuners.adapter_file import attach_adapter, write_adapter
 from livery.tuners.tuner import Attached, build
 
 FAMILIES = ["sd1"]
 TUNERS = {
-    "lora": TunerSpec(kind="lora", rank=4),
-    "lora, alpha": TunerSpec(kind="lora", rank=3, alpha=5),
-    "lora, convolutions": TunerSpec(kind="lora", rank=2, targets=r".*\.(conv1|conv2|to_[qkv])"),
+    "lora": LowRankSpec(kind="lora", rank=4),
+    "lora, alpha": LowRankSpec(kind="lora", rank=3, alpha=5),
+    "lora, convolutions": LowRankSpec(kind="lora", rank=2, targets=r".*\.(conv1|conv2|to_[qkv])"),
 }
 
 pytestmark = [
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 
-def test_the_table_is_whole(family: str, spec: TunerSpec):
+def test_the_table_is_whole(family: str, spec: LowRankSpec):
     assert set(FAMILIES) == set(plugins.families())
     assert {each.kind for each in TUNERS.values()} == set(plugins.tuners())
 
@@ -77,7 +77,7 @@ def learn(backbone: Backbone, attached: Attached, steps: int = 6) -> list[float]
     return losses
 
 
-def card(backbone: Backbone, spec: TunerSpec) -> AdapterCard:
+def card(backbone: Backbone, spec: LowRankSpec) -> AdapterCard:
     return AdapterCard(
         recipe=Recipe(tuners=(spec,)),
         family=backbone.family,
@@ -94,14 +94,14 @@ def draw(pipe: DiffusionPipeline) -> np.ndarray:
     return cast(Any, pipe)("a fox", num_inference_steps=2, generator=generator, output_type="np").images
 
 
-def test_attaching_changes_nothing(family: str, spec: TunerSpec):
+def test_attaching_changes_nothing(family: str, spec: LowRankSpec):
     backbone = tiny(family)
     before = answer(backbone)
     build(spec).attach(backbone)
     assert torch.equal(answer(backbone), before)
 
 
-def test_learns_saves_reloads_and_detaches(family: str, spec: TunerSpec, tmp_path: Path):
+def test_learns_saves_reloads_and_detaches(family: str, spec: LowRankSpec, tmp_path: Path):
     backbone = tiny(family)
     base, before = answer(backbone), weights(backbone)
     attached = build(spec).attach(backbone)
@@ -126,7 +126,7 @@ def test_learns_saves_reloads_and_detaches(family: str, spec: TunerSpec, tmp_pat
     assert torch.equal(answer(fresh), tuned)
 
 
-def test_diffusers_draws_the_same_pictures(family: str, spec: TunerSpec, tmp_path: Path):
+def test_diffusers_draws_the_same_pictures(family: str, spec: LowRankSpec, tmp_path: Path):
     backbone = tiny(family)
     backbone.save(tmp_path / "base")
     attached = build(spec).attach(backbone)
@@ -140,7 +140,7 @@ def test_diffusers_draws_the_same_pictures(family: str, spec: TunerSpec, tmp_pat
     assert not np.array_equal(plain, ours)
 
 
-def test_resumes_to_the_same_bits(family: str, spec: TunerSpec):
+def test_resumes_to_the_same_bits(family: str, spec: LowRankSpec):
     """State taken half-way continues as if nothing had happened; the optimiser is new in both runs."""
     backbone = tiny(family)
     attached = build(spec).attach(backbone, seed=1)
@@ -155,7 +155,7 @@ def test_resumes_to_the_same_bits(family: str, spec: TunerSpec):
     assert all(torch.equal(tensor, straight[name]) for name, tensor in attached.state().items())
 
 
-def test_a_saved_base_takes_the_adapter(family: str, spec: TunerSpec, tmp_path: Path):
+def test_a_saved_base_takes_the_adapter(family: str, spec: LowRankSpec, tmp_path: Path):
     backbone = tiny(family)
     backbone.save(tmp_path / "base")
     attached = build(spec).attach(backbone)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from PIL import Image
 
-from livery.nouns import Dataset, Photo, Recipe, TunerSpec
+from livery.nouns import Dataset, LowRankSpec, Photo, Recipe
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def pixels() -> Callable[[Photo], Image.Image]:
 @pytest.fixture
 def recipe() -> Recipe:
     return Recipe(
-        tuners=(TunerSpec(rank=2),),
+        tuners=(LowRankSpec(rank=2),),
         trigger="acme style",
         steps=4,
         batch_size=2,

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from livery.models.sd1 import SD1
-from livery.nouns import Dataset, Photo, Recipe, TunerSpec
+from livery.nouns import Dataset, LowRankSpec, Photo, Recipe
 from livery.train.loop import train
 
 RECIPE = Recipe(
-    tuners=(TunerSpec(rank=2),),
+    tuners=(LowRankSpec(rank=2),),
     steps=20,
     batch_size=2,
     accumulate=2,

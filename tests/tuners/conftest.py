@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 
-from livery.nouns import AdapterCard, Recipe, TunerSpec
+from livery.nouns import AdapterCard, LowRankSpec, Recipe
 
 
 @pytest.fixture
 def card_for() -> Callable[..., AdapterCard]:
-    def make(base_sha256: str, family: str = "sd1", spec: TunerSpec | None = None) -> AdapterCard:
+    def make(base_sha256: str, family: str = "sd1", spec: LowRankSpec | None = None) -> AdapterCard:
         return AdapterCard(
-            recipe=Recipe(base="tiny", tuners=(spec or TunerSpec(rank=4),)),
+            recipe=Recipe(base="tiny", tuners=(spec or LowRankSpec(rank=4),)),
             family=family,
             base_sha256=base_sha256,
             dataset="0" * 64,

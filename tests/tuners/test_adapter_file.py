@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from livery.models.sd1 import SD1
-from livery.nouns import AdapterCard, LiveryError, TunerSpec
+from livery.nouns import AdapterCard, LiveryError, LowRankSpec
 from livery.tuners.adapter_file import adapter_bytes, attach_adapter, read_adapter, read_card, write_adapter
 from livery.tuners.lowrank import LowRank
 
@@ -28,7 +28,7 @@ def tiny() -> SD1:
     return SD1.tiny()
 
 
-def learnt(backbone: SD1, spec: TunerSpec) -> dict[str, Tensor]:
+def learnt(backbone: SD1, spec: LowRankSpec) -> dict[str, Tensor]:
     """Random values in every LoRA weight, as training would leave."""
     attached = LowRank.build(spec).attach(backbone)
     generator = torch.Generator().manual_seed(4)
@@ -40,7 +40,7 @@ def learnt(backbone: SD1, spec: TunerSpec) -> dict[str, Tensor]:
 @pytest.fixture
 def written(tiny: SD1, card_for: Cards, tmp_path: Path) -> Path:
     path = tmp_path / "adapter.safetensors"
-    write_adapter(path, card_for(tiny.sha256), learnt(tiny, TunerSpec(rank=4)))
+    write_adapter(path, card_for(tiny.sha256), learnt(tiny, LowRankSpec(rank=4)))
     return path
 
 
@@ -50,7 +50,7 @@ def draw(pipe: Any) -> np.ndarray:
 
 
 def test_what_is_written_is_read(tiny: SD1, card_for: Cards, tmp_path: Path):
-    card, state = card_for(tiny.sha256), learnt(tiny, TunerSpec(rank=4))
+    card, state = card_for(tiny.sha256), learnt(tiny, LowRankSpec(rank=4))
     path = tmp_path / "adapter.safetensors"
     adapter = write_adapter(path, card, state)
     again, tensors = read_adapter(path)
@@ -62,9 +62,9 @@ def test_what_is_written_is_read(tiny: SD1, card_for: Cards, tmp_path: Path):
     assert [file.name for file in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
-@pytest.mark.parametrize("spec", [TunerSpec(rank=4), TunerSpec(rank=3, alpha=7.5)])
+@pytest.mark.parametrize("spec", [LowRankSpec(rank=4), LowRankSpec(rank=3, alpha=7.5)])
 def test_diffusers_loads_the_file_and_draws_the_same(
-    spec: TunerSpec, tiny: SD1, card_for: Cards, tmp_path: Path
+    spec: LowRankSpec, tiny: SD1, card_for: Cards, tmp_path: Path
 ):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     write_adapter(path, card_for(tiny.sha256, spec=spec), learnt(tiny, spec))
@@ -83,7 +83,7 @@ def test_diffusers_loads_the_file_and_draws_the_same(
 
 
 def test_the_rank_and_alpha_stand_where_diffusers_reads_them(tiny: SD1, card_for: Cards, tmp_path: Path):
-    spec = TunerSpec(rank=3, alpha=7.5, targets=r"mid_block.*\.attn1\.to_q")
+    spec = LowRankSpec(rank=3, alpha=7.5, targets=r"mid_block.*\.attn1\.to_q")
     path = tmp_path / "a.safetensors"
     write_adapter(path, card_for(tiny.sha256, spec=spec), learnt(tiny, spec))
     with safe_open(path, "pt") as file:
@@ -114,7 +114,7 @@ def test_a_file_keeps_its_layers_when_the_defaults_change(tiny: SD1, written: Pa
 
 def test_the_same_content_is_always_the_same_bytes(tiny: SD1, card_for: Cards):
     """The library's own writer orders metadata at random, anew in each call."""
-    card, state = card_for(tiny.sha256), learnt(tiny, TunerSpec(rank=4))
+    card, state = card_for(tiny.sha256), learnt(tiny, LowRankSpec(rank=4))
     orders = [state, dict(reversed(state.items()))] * 20
     assert len({adapter_bytes(card, each) for each in orders}) == 1
 

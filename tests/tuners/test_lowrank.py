@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from livery.models.sd1 import SD1
-from livery.nouns import LiveryError, TunerSpec
+from livery.nouns import LiveryError, LowRankSpec
 from livery.tuners.lowrank import LowRank
 from livery.tuners.tuner import Attached, attach_all, build
 
@@ -188,7 +188,7 @@ def test_a_state_of_another_shape_is_refused_whole(tiny: SD1):
 
 
 def test_a_tuner_is_built_from_its_spec():
-    tuner = build(TunerSpec(kind="lora", rank=5, alpha=2.5, targets="x"))
+    tuner = build(LowRankSpec(kind="lora", rank=5, alpha=2.5, targets="x"))
     assert tuner == LowRank(rank=5, alpha=2.5, targets="x")
     assert tuner.touches == {"denoiser"}
 

@@ -15,7 +15,18 @@ from PIL import Image
 from livery import __version__
 from livery.evaluate import charts, verdict
 from livery.evaluate.wording import ARMS, METRICS, Arm, Metric, duration, learning, megabytes
-from livery.nouns import Dataset, LiveryError, Photo, Picture, Recipe, Report, Run, Suite, TunerSpec
+from livery.nouns import (
+    Dataset,
+    LiveryError,
+    LowRankSpec,
+    Photo,
+    Picture,
+    Recipe,
+    Report,
+    Run,
+    Suite,
+    TunerSpec,
+)
 
 SHOWN = 12  # prompts in the open; the rest is folded
 LARGEST = 256  # pixels: the longer side of an embedded picture
@@ -201,6 +212,8 @@ def _settings(recipe: Recipe | None) -> list[tuple[str, str]]:
 
 
 def _tuner(spec: TunerSpec) -> str:
+    if not isinstance(spec, LowRankSpec):
+        return spec.kind
     where = f", on {spec.targets}" if spec.targets else ""
     return f"{spec.kind}, rank {spec.rank}, alpha {spec.alpha or spec.rank:g}{where}"
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,16 @@ class Backbone(ABC):
     denoiser: nn.Module
     towers: Mapping[str, nn.Module]
     """Text encoders by name, as in the diffusers folder: {"text_encoder": ...}."""
+    tokenizers: dict[str, Any]
+    """By tower name; looked up at each `encode_prompts`: a tuner may put another there for a while."""
+    placeholders: dict[str, str]
+    """Text that `encode_prompts` replaces before tokenizing: one new word -> its several vectors' words."""
+    tower_targets: str
+    """Regular expression over module names of a text encoder: what a low-rank tuner adapts there."""
     lora_targets: str
     """Regular expression over module names of the denoiser: what a low-rank tuner adapts by default."""
+    bucket_step: int
+    """Pixels that widths and heights of training pictures must be multiples of."""
     resolution: int
     """Side in pixels of the square pictures that the base was trained on."""
     sha256: str

@@ -50,7 +50,7 @@ def row(photos: Sequence[Photo], recipe: Recipe, index: int) -> Row:
     random = random_of(recipe.seed, "row", index)
     captions = captions_of(photo, recipe.trigger)
     choice = int(torch.randint(len(captions), (), generator=random))
-    dropped = float(torch.rand((), generator=random)) < recipe.caption_dropout
+    dropped = float(torch.rand((), generator=random)) < recipe.captions.dropout
     return Row(photo, "" if dropped else captions[choice], random)
 
 

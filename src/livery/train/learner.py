@@ -13,7 +13,7 @@ from livery.models.device import autocast
 from livery.nouns import LiveryError, Photo, Recipe
 from livery.train.batches import Row, batches_of_step
 from livery.train.cache import Encodings
-from livery.train.loss import noise_weights, row_errors, share_of_step
+from livery.train.loss import gamma, noise_weights, row_errors, share_of_step
 from livery.train.optimizer import adamw, learning_rate, read_state, set_rate, write_state
 from livery.tuners.tuner import Attached
 
@@ -42,7 +42,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         shares = [self._share(rows) for rows in batches_of_step(self._photos, self._recipe, step)]
         loss = float(torch.stack(shares).sum())
-        norm = nn.utils.clip_grad_norm_(self._params.values(), self._recipe.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._params.values(), self._recipe.optimizer.clip_norm)
         self._require_finite(loss, "loss", step)
         self._require_finite(float(norm), "gradient", step)
         return loss
@@ -78,7 +78,7 @@ class Learner:
             prompts = self._encodings.prompts([row.caption for row in rows])
             prediction = self._backbone.predict(law.mix(clean, noise, t), t, prompts)
         errors = row_errors(prediction, law.target(clean, noise, t))
-        weights = noise_weights(law.weight(t, self._recipe.min_snr_gamma), [row.photo.weight for row in rows])
+        weights = noise_weights(law.weight(t, gamma(self._recipe)), [row.photo.weight for row in rows])
         share = share_of_step(errors, weights, self._recipe.batch_size * self._recipe.accumulate)
         share.backward()
         return share.detach()
@@ -87,7 +87,7 @@ class Learner:
         if not math.isfinite(value):
             raise LiveryError(
                 f"the {what} became {value} at step {step + 1}: lower learning_rate (now "
-                f"{self._recipe.learning_rate:g}), raise warmup_steps, or set precision to 'fp32'."
+                f"{self._recipe.learning_rate:g}), raise optimizer.warmup_steps, or set precision to 'fp32'."
             )
 
 

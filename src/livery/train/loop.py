@@ -72,7 +72,7 @@ def train(
 
 def _side(recipe: Recipe, backbone: Backbone) -> int:
     """The side in pixels of the squares that pictures are cut to."""
-    side, factor = recipe.resolution or backbone.resolution, backbone.latent.factor
+    side, factor = (recipe.pictures.resolutions or (backbone.resolution,))[0], backbone.latent.factor
     if side % factor:
         near = max(1, round(side / factor)) * factor
         raise LiveryError(f"resolution {side} is not a multiple of {factor}, as this base needs: try {near}.")
@@ -110,4 +110,4 @@ def _encode(recipe: Recipe, dataset: Dataset, encodings: Encodings) -> Iterator[
     """Encode what the run will read: all captions, and the empty one where captions are dropped."""
     photos = [*dataset.split("train"), *(dataset.split("validation") if recipe.validate_every else ())]
     captions = {caption for photo in photos for caption in captions_of(photo, recipe.trigger)}
-    return encodings.fill(photos, captions | ({""} if recipe.caption_dropout else set()))
+    return encodings.fill(photos, captions | ({""} if recipe.captions.dropout else set()))

@@ -14,17 +14,17 @@ from livery.nouns import Recipe
 def adamw(params: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
     """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101), one fused kernel per step."""
     return torch.optim.AdamW(
-        list(params), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        list(params), lr=recipe.learning_rate, weight_decay=recipe.optimizer.weight_decay, fused=True
     )
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
     """The rate of step 0, 1, ...: a linear warm-up, then constant or a cosine to 0 after the last."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    if recipe.schedule == "constant":
+    if step < recipe.optimizer.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.optimizer.warmup_steps
+    if recipe.optimizer.schedule == "constant":
         return recipe.learning_rate
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    done = (step - recipe.optimizer.warmup_steps) / max(1, recipe.steps - recipe.optimizer.warmup_steps)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -33,6 +33,7 @@ from livery.nouns import (
 from livery.train import checkpoint
 from livery.train.cache import Encodings
 from livery.train.learner import Learner
+from livery.train.loss import gamma
 from livery.train.validation import Grid, held_out_loss
 from livery.tuners.adapter_file import adapter_bytes
 
@@ -136,7 +137,7 @@ class Session:
         recipe, photos = self._recipe, self._dataset.split("validation")
         if not photos:
             return
-        grid = Grid(photos, recipe.trigger, recipe.min_snr_gamma, recipe.precision, recipe.batch_size)
+        grid = Grid(photos, recipe.trigger, gamma(recipe), recipe.precision, recipe.batch_size)
         loss = held_out_loss(self._backbone, grid, self._encodings)
         self._validations.append(Validation(step=self.step, loss=loss))
         yield self._validations[-1]

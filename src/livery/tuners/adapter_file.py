@@ -19,7 +19,7 @@ from torch import Tensor
 
 from livery.files import write_bytes
 from livery.models.backbone import Backbone
-from livery.nouns import Adapter, AdapterCard, LiveryError
+from livery.nouns import Adapter, AdapterCard, LiveryError, LowRankSpec
 from livery.tuners.tuner import Attached, attach_all, build
 
 CARD = "livery"
@@ -141,6 +141,7 @@ def _for_diffusers(card: AdapterCard, tensors: Mapping[str, Tensor]) -> dict[str
         part, _, rest = name.partition(".")
         targets.setdefault(part, set()).add(rest.rsplit(".lora_", 1)[0])
     spec = card.recipe.tuners[0]
+    assert isinstance(spec, LowRankSpec)
     alpha = spec.rank if spec.alpha is None else spec.alpha
     return {
         f"{part}.{key}": value

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from livery.models.backbone import Backbone
-from livery.nouns import LiveryError, TunerSpec
+from livery.nouns import LiveryError, LowRankSpec
 from livery.tuners.tuner import Part, check_state
 
 PART = "denoiser"
@@ -38,7 +38,7 @@ class LowRank:
     touches: ClassVar[frozenset[Part]] = frozenset({PART})
 
     @classmethod
-    def build(cls, spec: TunerSpec) -> Self:
+    def build(cls, spec: LowRankSpec) -> Self:
         return cls(spec.rank, spec.alpha, spec.targets)
 
     def aimed_at(self, state: Mapping[str, Tensor]) -> Self:
@@ -97,6 +97,12 @@ class AttachedLowRank:
     def scale(self, strength: float) -> None:
         for layer in self.layers.values():
             layer.set_scale(self.name, strength)
+
+    def rate(self, name: str) -> float | None:
+        return None
+
+    def after_step(self) -> None:
+        pass
 
     def undo(self) -> None:
         for name, layer in self.layers.items():

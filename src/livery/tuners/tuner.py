@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -35,6 +35,14 @@ class Attached(Protocol):
         """How strongly the change acts: 0 is the base, 1 (at the start) is what was learnt."""
         ...
 
+    def rate(self, name: str) -> float | None:
+        """The learning rate of its own that a parameter has; none = the recipe's."""
+        ...
+
+    def after_step(self) -> None:
+        """Called after each optimiser step, to keep what must hold (the length of a word's vector)."""
+        ...
+
     def undo(self) -> None:
         """Detach: the backbone is again what it was, bit for bit. A second call does nothing."""
         ...
@@ -47,7 +55,7 @@ class Tuner(Protocol):
     """What it changes: prompt encodings may be cached only while no tuner touches the towers."""
 
     @classmethod
-    def build(cls, spec: TunerSpec) -> Self:
+    def build(cls, spec: Any) -> Self:
         """From the recipe's settings."""
         ...
 

@@ -1,0 +1,116 @@
+"""What a run may change: one value per sort of tuner, told apart by `kind`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+
+from livery.nouns.base import Noun, Share
+
+LowRankKind = Literal["lora", "loha", "lokr", "oft"]
+LOW_RANK: tuple[LowRankKind, ...] = ("lora", "loha", "lokr", "oft")
+
+
+class LowRankSpec(Noun):
+    """A small update of chosen layers, through peft: LoRA, LoHa, LoKr or OFT."""
+
+    kind: LowRankKind = "lora"
+    rank: PositiveInt = Field(default=16, description="OFT: the size of its blocks")
+    alpha: PositiveFloat | None = Field(default=None, description="scale is alpha / rank; default rank")
+    targets: str | None = Field(
+        default=None, description="regular expression over whole names of the denoiser's layers"
+    )
+    ranks: dict[str, PositiveInt] = Field(
+        default={}, description="regular expression over layer names -> rank there"
+    )
+    alphas: dict[str, PositiveFloat] = Field(
+        default={}, description="regular expression over layer names -> alpha there"
+    )
+    towers: dict[str, PositiveFloat] = Field(
+        default={}, description="text encoders to adapt too -> their learning rate: {text_encoder = 1e-5}"
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None, description="of the denoiser's part; default the recipe's"
+    )
+    dropout: Share = Field(default=0.0, description="LoRA: of inputs; LoHa, LoKr: of ranks; OFT: of blocks")
+    rslora: bool = Field(default=False, description="LoRA: scale is alpha / sqrt(rank)")
+    dora: bool = Field(default=False, description="LoRA: direction and length of each weight learn apart")
+    factor: PositiveInt | None = Field(
+        default=None, description="LoKr: size of the small factor; default the most even split"
+    )
+
+    @model_validator(mode="after")
+    def _name_contradictions(self) -> Self:
+        only: dict[str, tuple[bool, LowRankKind]] = {
+            "rslora": (self.rslora, "lora"),
+            "dora": (self.dora, "lora"),
+            "factor": (self.factor is not None, "lokr"),
+        }
+        for key, (used, kind) in only.items():
+            if used and self.kind != kind:
+                raise ValueError(f"{key} belongs to kind '{kind}', this one is '{self.kind}': leave it out")
+        if self.kind == "oft" and (self.alpha is not None or self.alphas):
+            raise ValueError("kind 'oft' turns weights and has no alpha: leave alpha and alphas out")
+        return self
+
+
+class FullSpec(Noun):
+    """The weights themselves: full fine-tuning."""
+
+    kind: Literal["full"] = "full"
+    targets: str | None = Field(
+        default=None, description="regular expression over whole parameter names of the denoiser; default all"
+    )
+    towers: dict[str, PositiveFloat] = Field(
+        default={}, description="text encoders to train too -> their learning rate"
+    )
+    learning_rate: PositiveFloat | None = Field(default=None, description="default the recipe's")
+
+
+class TokensSpec(Noun):
+    """New words for the text encoders: Textual Inversion, Gal et al. 2022 (arXiv:2208.01618)."""
+
+    kind: Literal["tokens"] = "tokens"
+    tokens: dict[str, str] = Field(description='new word -> words it starts from: {"<acme>" = "red sneaker"}')
+    vectors: PositiveInt = Field(default=1, description="per new word")
+    towers: tuple[str, ...] = Field(default=(), description="text encoders that learn it; default all")
+    learning_rate: PositiveFloat | None = Field(default=None, description="default the recipe's")
+    keep_norm: bool = Field(
+        default=True, description="after each step, rescale vectors to the mean length of the known ones"
+    )
+
+    @model_validator(mode="after")
+    def _need_tokens(self) -> Self:
+        if not self.tokens:
+            raise ValueError('tokens is empty: name a new word and what it starts from, {"<acme>" = "shoe"}')
+        return self
+
+
+class PluginSpec(Noun):
+    """A tuner that an installed plug-in registers under `kind`, with its own settings."""
+
+    kind: str
+    settings: dict[str, str | float | bool] = Field(default={})
+    learning_rate: PositiveFloat | None = None
+
+
+def _sort(value: Any) -> str:
+    kind: Any = (
+        cast(Mapping[str, Any], value).get("kind", "lora")
+        if isinstance(value, Mapping)
+        else getattr(value, "kind", "lora")
+    )
+    if kind in LOW_RANK:
+        return "low-rank"
+    return str(kind) if kind in ("full", "tokens") else "plug-in"
+
+
+TunerSpec = Annotated[
+    Annotated[LowRankSpec, Tag("low-rank")]
+    | Annotated[FullSpec, Tag("full")]
+    | Annotated[TokensSpec, Tag("tokens")]
+    | Annotated[PluginSpec, Tag("plug-in")],
+    Discriminator(_sort),
+]
