@@ -111,7 +111,7 @@ def _rows(noun: Noun) -> Iterable[tuple[str, str]]:
             yield "base", f"{facts.recipe.base} ({facts.family}, {facts.base_sha256[:12]})"
             yield "dataset", facts.dataset[:12]
             yield "trigger", ", ".join(facts.trigger_words) or "none"
-            yield "tuners", ", ".join(f"{spec.kind} rank {spec.rank}" for spec in facts.recipe.tuners)
+            yield "tuners", "; ".join(spec.summary for spec in facts.recipe.tuners)
             yield "steps", f"{facts.step} x {facts.recipe.batch_size * facts.recipe.accumulate} rows"
             yield "licences", ", ".join(facts.licences)
             yield "attribution", ", ".join(facts.attributions)

@@ -18,14 +18,12 @@ from livery.evaluate.wording import ARMS, METRICS, Arm, Metric, duration, learni
 from livery.nouns import (
     Dataset,
     LiveryError,
-    LowRankSpec,
     Photo,
     Picture,
     Recipe,
     Report,
     Run,
     Suite,
-    TunerSpec,
 )
 
 SHOWN = 12  # prompts in the open; the rest is folded
@@ -198,24 +196,20 @@ def _arm(key: str) -> Arm:
 
 
 def _settings(recipe: Recipe | None) -> list[tuple[str, str]]:
-    """The recipe as words and values; tuners are spelled out."""
+    """The recipe as words and values: its tuners, what everybody asks for, what is not default."""
     if recipe is None:
         return []
-    rows: list[tuple[str, str]] = []
-    for key, value in recipe.model_dump().items():
-        if key == "tuners":
-            value = "; ".join(_tuner(spec) for spec in recipe.tuners)
-        elif isinstance(value, tuple | list):
-            value = "; ".join(str(part) for part in value)
-        rows.append((key.replace("_", " "), "—" if value in (None, "") else str(value)))
+    changed = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"tuners", "version"})
+    always = {key: getattr(recipe, key) for key in ("base", "steps", "batch_size", "learning_rate", "seed")}
+    rows = [("tuners", "; ".join(spec.summary for spec in recipe.tuners))]
+    for key, value in {**always, **changed}.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{key} {part}".strip().replace("_", " "), _words(each)) for part, each in parts]
     return rows
 
 
-def _tuner(spec: TunerSpec) -> str:
-    if not isinstance(spec, LowRankSpec):
-        return spec.kind
-    where = f", on {spec.targets}" if spec.targets else ""
-    return f"{spec.kind}, rank {spec.rank}, alpha {spec.alpha or spec.rank:g}{where}"
+def _words(value: object) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _credits(photos: Sequence[Photo]) -> list[tuple[str, str, int]]:

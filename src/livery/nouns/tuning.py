@@ -55,6 +55,16 @@ class LowRankSpec(Noun):
             raise ValueError("kind 'oft' turns weights and has no alpha: leave alpha and alphas out")
         return self
 
+    @property
+    def summary(self) -> str:
+        """For people: "lora, rank 16, alpha 8, on attn1.*"."""
+        parts = [self.kind, f"rank {self.rank}"]
+        if self.kind != "oft":
+            parts.append(f"alpha {self.alpha or self.rank:g}")
+        parts += [name for name in ("rslora", "dora") if getattr(self, name)]
+        parts += [f"on {self.targets}"] if self.targets else []
+        return ", ".join([*parts, *self.towers])
+
 
 class FullSpec(Noun):
     """The weights themselves: full fine-tuning."""
@@ -67,6 +77,11 @@ class FullSpec(Noun):
         default={}, description="text encoders to train too -> their learning rate"
     )
     learning_rate: PositiveFloat | None = Field(default=None, description="default the recipe's")
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        return ", ".join(["full", *([f"on {self.targets}"] if self.targets else []), *self.towers])
 
 
 class TokensSpec(Noun):
@@ -87,6 +102,11 @@ class TokensSpec(Noun):
             raise ValueError('tokens is empty: name a new word and what it starts from, {"<acme>" = "shoe"}')
         return self
 
+    @property
+    def summary(self) -> str:
+        """For people: "tokens <acme> of 4 vectors"."""
+        return f"tokens {' '.join(self.tokens)} of {self.vectors} vectors"
+
 
 class PluginSpec(Noun):
     """A tuner that an installed plug-in registers under `kind`, with its own settings."""
@@ -94,6 +114,11 @@ class PluginSpec(Noun):
     kind: str
     settings: dict[str, str | float | bool] = Field(default={})
     learning_rate: PositiveFloat | None = None
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        return self.kind
 
 
 def _sort(value: Any) -> str:
