@@ -51,6 +51,7 @@ class SD1(Backbone):
     # trainer adapts; the feed-forward layers add capacity for texture and line, which a style is made of.
     # Convolutions of the resnets are left out: many more weights, and A1111 and diffusers differ on them.
     lora_targets = r".*\.transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"
+    tower_targets = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
     def __init__(
         self,
@@ -67,9 +68,12 @@ class SD1(Backbone):
         self.vae, self.text_encoder = vae, text_encoder
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.towers = {"text_encoder": text_encoder}
+        self.tokenizers = {"text_encoder": tokenizer}
+        self.placeholders = {}
         for part in (unet, vae, text_encoder):
             cast(nn.Module, part).eval().requires_grad_(False)
         self.latent = _latent(vae)
+        self.bucket_step = self.latent.factor * 2 ** (len(unet.config["down_block_types"]) - 1)
         self.noise = noise.from_config(scheduler.config, where=f"{where}/scheduler")
         self.resolution = int(unet.config["sample_size"]) * self.latent.factor
         # Some tokenizers state no limit (a huge number): the encoder's own positions are one.
@@ -131,8 +135,11 @@ class SD1(Backbone):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """tokens [B, max_length, D]: the encoder's last hidden state, padded as diffusers' pipeline pads."""
-        rows = self.tokenizer(
-            list(prompts),
+        texts = list(prompts)
+        for word, words in self.placeholders.items():
+            texts = [text.replace(word, words) for text in texts]
+        rows = self.tokenizers["text_encoder"](
+            texts,
             padding="max_length",
             truncation=True,
             max_length=self.max_length,
@@ -151,7 +158,7 @@ class SD1(Backbone):
         pipe = kind_of_pipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizers["text_encoder"],
             unet=self.unet,
             scheduler=self._own_scheduler(),
             safety_checker=None,
