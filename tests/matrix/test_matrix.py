@@ -15,7 +15,7 @@ from torch import Tensor
 from livery import plugins
 from livery.models.backbone import Backbone
 from livery.models.load import load_backbone
-from livery.nouns import AdapterCard, LowRankSpec, Recipe
+from livery.nouns import AdapterCard, LossSpec, LowRankSpec, Recipe
 from livery.tuners.adapter_file import attach_adapter, write_adapter
 from livery.tuners.tuner import Attached, build
 
@@ -51,7 +51,7 @@ def answer(backbone: Backbone) -> Tensor:
     side = backbone.resolution // backbone.latent.factor
     shape = (2, backbone.latent.channels, side, side)
     noisy = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([backbone.noise.timesteps // 10, backbone.noise.timesteps - 2])
+    t = backbone.noise.levels(8)[[0, -1]]
     with torch.no_grad():
         return backbone.predict(noisy, t, backbone.encode_prompts(["a fox", ""]))
 
@@ -69,7 +69,7 @@ def learn(backbone: Backbone, attached: Attached, steps: int = 6) -> list[float]
     for _ in range(steps):
         guess = backbone.predict(noisy, t, backbone.encode_prompts(["a", "b", "c", ""]))
         rows = (guess - target).square().flatten(1).mean(1)
-        loss = (backbone.noise.weight(t, 5.0) * rows).mean()
+        loss = (backbone.noise.weight(t, LossSpec()) * rows).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

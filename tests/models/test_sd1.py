@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from livery.models.backbone import PipelineKind
+from livery.models.noise import Diffusion
 from livery.models.sd1 import SD1
 from livery.nouns import LiveryError
 
@@ -52,14 +53,14 @@ def test_tiny_is_quick_and_leaves_the_global_seed_alone():
 
 def test_facts_come_from_the_configuration(tiny: SD1, folder: Path):
     assert (tiny.latent.channels, tiny.latent.factor, tiny.latent.scale) == (4, 2, 0.5)
-    assert (tiny.resolution, tiny.max_length, tiny.noise.timesteps) == (32, 16, 1000)
+    assert (tiny.resolution, tiny.max_length, cast(Diffusion, tiny.noise).timesteps) == (32, 16, 1000)
     edit(folder / "vae/config.json", scaling_factor=0.25, shift_factor=0.125)
     edit(folder / "unet/config.json", sample_size=8)
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=9)
     edit(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction", num_train_timesteps=50)
     other = SD1.load(folder)
     assert (other.latent.scale, other.latent.shift, other.resolution) == (0.25, 0.125, 16)
-    assert (other.max_length, other.noise.timesteps) == (9, 50)
+    assert (other.max_length, cast(Diffusion, other.noise).timesteps) == (9, 50)
     assert type(other.noise).__name__ == "Velocity"
     assert other.sha256 != tiny.sha256
 

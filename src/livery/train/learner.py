@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from livery.models.backbone import Backbone
 from livery.models.device import autocast
+from livery.models.noise import for_recipe
 from livery.nouns import LiveryError, Photo, Recipe
 from livery.train.batches import Row, batches_of_step
 from livery.train.cache import Encodings
-from livery.train.loss import gamma, noise_weights, row_errors, share_of_step
+from livery.train.loss import noise_weights, row_errors, share_of_step
 from livery.train.optimizer import adamw, learning_rate, read_state, set_rate, write_state
 from livery.tuners.tuner import Attached
 
@@ -31,6 +32,7 @@ class Learner:
     ) -> None:
         self._recipe, self._backbone, self._attached = recipe, backbone, attached
         self._photos, self._encodings = photos, encodings
+        self._law = for_recipe(backbone.noise, recipe).to(backbone.device)
         self._params = dict(attached.params)
         self._optimizer = adamw(self._params.values(), recipe)
 
@@ -71,14 +73,14 @@ class Learner:
     def _share(self, rows: Sequence[Row]) -> Tensor:
         """Add the gradient of one batch; its share of the step's loss."""
         clean = self._encodings.latents([row.photo for row in rows])
-        law, device = self._backbone.noise, clean.device
+        law, device = self._law, clean.device
         t = torch.cat([law.sample_timesteps(1, row.random) for row in rows]).to(device)
         noise = torch.stack([torch.randn(clean[0].shape, generator=row.random) for row in rows]).to(device)
         with autocast(device, self._recipe.precision, clean[0, 0].numel()):
             prompts = self._encodings.prompts([row.caption for row in rows])
             prediction = self._backbone.predict(law.mix(clean, noise, t), t, prompts)
         errors = row_errors(prediction, law.target(clean, noise, t))
-        weights = noise_weights(law.weight(t, gamma(self._recipe)), [row.photo.weight for row in rows])
+        weights = noise_weights(law.weight(t, self._recipe.loss), [row.photo.weight for row in rows])
         share = share_of_step(errors, weights, self._recipe.batch_size * self._recipe.accumulate)
         share.backward()
         return share.detach()

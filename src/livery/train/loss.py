@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from livery.nouns import Recipe
-
 
 def row_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each row: two tensors [B, ...] -> [B], in fp32 whatever came in."""
@@ -25,8 +23,3 @@ def share_of_step(errors: Tensor, weights: Tensor, rows: int) -> Tensor:
 def noise_weights(weights: Tensor, photo_weights: list[float]) -> Tensor:
     """The noise law's weights [B] times the photos' own."""
     return weights * torch.tensor(photo_weights, dtype=torch.float32, device=weights.device)
-
-
-def gamma(recipe: Recipe) -> float:
-    """The recipe's min-SNR gamma; 0 where it weighs all noise levels alike."""
-    return recipe.loss.min_snr_gamma if recipe.loss.weighting == "min-snr" else 0.0

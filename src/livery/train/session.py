@@ -15,6 +15,7 @@ from livery import __version__
 from livery.files import write_bytes
 from livery.models.backbone import Backbone
 from livery.models.device import device_name, peak_memory_bytes
+from livery.models.noise import for_recipe
 from livery.nouns import (
     Adapter,
     AdapterCard,
@@ -33,7 +34,6 @@ from livery.nouns import (
 from livery.train import checkpoint
 from livery.train.cache import Encodings
 from livery.train.learner import Learner
-from livery.train.loss import gamma
 from livery.train.validation import Grid, held_out_loss
 from livery.tuners.adapter_file import adapter_bytes
 
@@ -137,8 +137,8 @@ class Session:
         recipe, photos = self._recipe, self._dataset.split("validation")
         if not photos:
             return
-        grid = Grid(photos, recipe.trigger, gamma(recipe), recipe.precision, recipe.batch_size)
-        loss = held_out_loss(self._backbone, grid, self._encodings)
+        grid = Grid(photos, recipe.trigger, recipe.loss, recipe.precision, recipe.batch_size)
+        loss = held_out_loss(self._backbone, for_recipe(self._backbone.noise, recipe), grid, self._encodings)
         self._validations.append(Validation(step=self.step, loss=loss))
         yield self._validations[-1]
 

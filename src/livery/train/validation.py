@@ -10,7 +10,8 @@ from torch import Tensor
 
 from livery.models.backbone import Backbone
 from livery.models.device import Precision, autocast
-from livery.nouns import Photo
+from livery.models.noise import NoiseProcess
+from livery.nouns import LossSpec, Photo
 from livery.train.batches import captions_of, random_of
 from livery.train.cache import Encodings
 from livery.train.loss import row_errors
@@ -27,31 +28,35 @@ class Grid:
 
     photos: tuple[Photo, ...]
     trigger: str
-    min_snr_gamma: float
+    loss: LossSpec
     precision: Precision
     batch_size: int
 
-    def cells(self, timesteps: int) -> list[tuple[Photo, int]]:
-        """Every photo with every noise level; `timesteps` is how many levels the noise law has."""
-        levels = [(2 * i + 1) * timesteps // (2 * TIMESTEPS) for i in range(TIMESTEPS)]
+    def cells(self, law: NoiseProcess) -> list[tuple[Photo, float]]:
+        """Every photo with every noise level."""
+        levels = law.levels(TIMESTEPS).tolist()
         return [(photo, level) for photo in self.photos[:PHOTOS] for level in levels]
 
 
 @torch.no_grad()
-def held_out_loss(backbone: Backbone, grid: Grid, encodings: Encodings) -> float:
+def held_out_loss(backbone: Backbone, law: NoiseProcess, grid: Grid, encodings: Encodings) -> float:
     """The mean over the grid of the error as training weighs it, so both curves share one axis.
 
     Photos' own weights do not count. The noise of a cell hangs on its photo and level alone.
     """
-    cells = grid.cells(backbone.noise.timesteps)
+    cells = grid.cells(law)
     total = 0.0
     for first in range(0, len(cells), grid.batch_size):
-        total += float(_errors(backbone, grid, encodings, cells[first : first + grid.batch_size]).sum())
+        total += float(_errors(backbone, law, grid, encodings, cells[first : first + grid.batch_size]).sum())
     return total / len(cells)
 
 
 def _errors(
-    backbone: Backbone, grid: Grid, encodings: Encodings, cells: Sequence[tuple[Photo, int]]
+    backbone: Backbone,
+    law: NoiseProcess,
+    grid: Grid,
+    encodings: Encodings,
+    cells: Sequence[tuple[Photo, float]],
 ) -> Tensor:
     """Weighted errors [B] of some cells of the grid."""
     photos = [photo for photo, _ in cells]
@@ -59,11 +64,10 @@ def _errors(
     t = torch.tensor([level for _, level in cells], device=clean.device)
     noise = torch.stack([_noise(photo, level, clean[0]) for photo, level in cells]).to(clean.device)
     prompts = encodings.prompts([captions_of(photo, grid.trigger)[0] for photo in photos])
-    law = backbone.noise
     with autocast(clean.device, grid.precision, clean[0, 0].numel()):
         prediction = backbone.predict(law.mix(clean, noise, t), t, prompts)
-    return row_errors(prediction, law.target(clean, noise, t)) * law.weight(t, grid.min_snr_gamma)
+    return row_errors(prediction, law.target(clean, noise, t)) * law.weight(t, grid.loss)
 
 
-def _noise(photo: Photo, level: int, like: Tensor) -> Tensor:
-    return torch.randn(like.shape, generator=random_of("held-out", photo.sha256, level))
+def _noise(photo: Photo, level: float, like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=random_of("held-out", photo.sha256, str(level)))
