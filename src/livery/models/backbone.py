@@ -86,6 +86,8 @@ class Backbone(ABC):
     """Side in pixels of the square pictures that the base was trained on."""
     sha256: str
     """Hash of the base's weights and configuration: the identity an adapter names."""
+    home: torch.device | None = None
+    """Where it computes while parts of it wait elsewhere; none = where the denoiser is."""
 
     @classmethod
     @abstractmethod
@@ -129,7 +131,7 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        return self.home or next(self.denoiser.parameters()).device
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Every trainable part by name: the denoiser as "denoiser", and the towers."""
