@@ -25,12 +25,14 @@ from livery.nouns.evaluation import (
     Suite,
 )
 from livery.nouns.events import (
+    Checked,
     Drawn,
     Evaluated,
     Event,
     Ingested,
     Note,
     Progress,
+    Reduced,
     Refused,
     Trained,
     Written,
@@ -47,6 +49,7 @@ from livery.nouns.recipe import (
     Recipe,
     StopSpec,
 )
+from livery.nouns.recipe_file import read_recipe, recipe_toml
 from livery.nouns.training import Adapter, AdapterCard, Run, Sample, Saved, Step, Validation, with_trigger
 from livery.nouns.tuning import FullSpec, LowRankSpec, PluginSpec, TokensSpec, TunerSpec
 
@@ -58,6 +61,7 @@ __all__ = [
     "Adapter",
     "AdapterCard",
     "CaptionsSpec",
+    "Checked",
     "Dataset",
     "Difference",
     "Drawn",
@@ -83,6 +87,7 @@ __all__ = [
     "Progress",
     "Question",
     "Recipe",
+    "Reduced",
     "Refused",
     "Report",
     "Run",
@@ -101,6 +106,8 @@ __all__ = [
     "Validation",
     "Written",
     "first_problem",
+    "read_recipe",
+    "recipe_toml",
     "sha256_of",
     "unknown_key",
     "with_trigger",

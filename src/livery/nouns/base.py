@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-TAGS = frozenset({"low-rank", "plug-in"})
+TAGS = frozenset({"low-rank", "full-weights", "new-words", "plug-in"})
 """Names of alternatives that pydantic puts into the path of an error, though no user wrote them."""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from livery.nouns.base import Noun, Sha256
+from livery.nouns.base import Noun, Sha256, Share
 from livery.nouns.evaluation import Report
 from livery.nouns.pictures import Dataset
 from livery.nouns.training import Adapter, Run, Sample, Saved, Step, Validation
@@ -69,6 +69,28 @@ class Drawn(Noun):
     sha256: Sha256
 
 
+class Reduced(Noun):
+    """A change was brought to a lower rank: how much of it is left, as a share of its squared size."""
+
+    kind: Literal["reduced"] = "reduced"
+    rank: NonNegativeInt
+    kept: Share = Field(description="of everything that was to be kept")
+    layers: dict[str, float] = Field(default={}, description="layer -> share kept there")
+    left_out: tuple[str, ...] = Field(default=(), description="parameters that a LoRA cannot hold")
+
+
+class Checked(Noun):
+    """A written file was read back and compared, layer by layer, with what it was made from."""
+
+    kind: Literal["checked"] = "checked"
+    path: str
+    format: str
+    matched: NonNegativeInt = Field(description="tensors that found their place when read back")
+    unmatched: tuple[str, ...] = ()
+    difference: NonNegativeFloat = Field(description="largest absolute difference of the change of a weight")
+    largest: NonNegativeFloat = Field(description="largest absolute change of a weight")
+
+
 class Written(Noun):
     """A file or folder was written for the user to open."""
 
@@ -89,6 +111,8 @@ Event = Annotated[
     | Trained
     | Evaluated
     | Drawn
+    | Reduced
+    | Checked
     | Written,
     Field(discriminator="kind"),
 ]

@@ -8,7 +8,8 @@ from typing import Any, Literal, Self, cast
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from livery.nouns.base import Noun, Share
-from livery.nouns.tuning import FullSpec, LowRankSpec, TunerSpec
+from livery.nouns.contradictions import contradiction, doubts
+from livery.nouns.tuning import SORTS, LowRankSpec, TunerSpec
 
 VERSION = 2
 
@@ -170,24 +171,22 @@ class Recipe(Noun):
     @model_validator(mode="before")
     @classmethod
     def _migrate(cls, data: Any) -> Any:
-        return migrate(cast(Mapping[str, Any], data)) if isinstance(data, Mapping) else data
+        if not isinstance(data, Mapping):
+            return data
+        found = migrate(cast(Mapping[str, Any], data))
+        if problem := _misplaced(found):
+            raise ValueError(problem)
+        return found
 
     @model_validator(mode="after")
     def _name_contradictions(self) -> Self:
-        if self.prior.kind != "none" and not self.prior.prompt:
-            raise ValueError("prior.prompt is empty: name the class, such as 'a dog'")
-        full = any(isinstance(each, FullSpec) for each in self.tuners)
-        if full and self.memory.weights in ("int8", "int4"):
-            raise ValueError(
-                f"memory.weights '{self.memory.weights}' freezes the base, kind 'full' trains it"
-            )
-        if self.memory.fused_backward and not full:
-            raise ValueError("memory.fused_backward is for kind 'full' alone: leave it out")
-        if self.memory.fused_backward and self.accumulate > 1:
-            raise ValueError("memory.fused_backward moves weights in each backward pass: set accumulate to 1")
-        if self.optimizer.ema and self.memory.fused_backward:
-            raise ValueError("optimizer.ema and memory.fused_backward do not go together: keep one of them")
+        if problem := contradiction(self):
+            raise ValueError(problem)
         return self
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed but seldom meant, one sentence each: to be shown before the run."""
+        return tuple(doubts(self))
 
     def fitted(self, photos: int) -> Recipe:
         """The recipe as it runs on this many training photos: `steps` worked out from `steps_per_photo`."""
@@ -199,14 +198,55 @@ class Recipe(Noun):
 
 # ----------------------------------------------------------------------------- versions
 
+SECTIONS: Mapping[str, type[Noun]] = {
+    "pictures": PicturesSpec,
+    "captions": CaptionsSpec,
+    "loss": LossSpec,
+    "noise": NoiseSpec,
+    "optimizer": OptimizerSpec,
+    "prior": PriorSpec,
+    "memory": MemorySpec,
+    "stop": StopSpec,
+}
+"""The tables of a recipe file, by name."""
+
 
 def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe of an older version in today's keys. Without `version`, keys of old times tell it."""
+    """A recipe of an older version in today's keys. Without `version`, keys of old times tell it.
+
+    Raises ValueError for a version that is yet to come.
+    """
     found = dict(values)
-    version = found.get("version", 1 if any(key in found for key in MOVED_IN_2) else VERSION)
-    if version == 1:
-        found = _from_1(found)
-    return found
+    sectioned = any(key in SECTIONS for key in found)
+    old = any(key in found for key in MOVED_IN_2) and not sectioned
+    version = found.get("version", 1 if old else VERSION)
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(
+            f"recipe version {version} is newer than {VERSION}, the newest this livery reads: update livery"
+        )
+    if version == 1 and sectioned:
+        raise ValueError("version 1 had no sections, this recipe has: write version = 2")
+    return _from_1(found) if version == 1 else found
+
+
+def _misplaced(values: Mapping[str, Any]) -> str | None:
+    """A sentence on the first key that stands in the wrong table; none when there is no such key."""
+    top = [key for key in values if key not in Recipe.model_fields]
+    for key in top:
+        places = [f"[{name}]" for name, spec in SECTIONS.items() if key in spec.model_fields]
+        places += ["[[tuners]]"] if any(key in spec.model_fields for spec in SORTS) else []
+        if places:
+            return f"unknown key '{key}': it stands in {' or '.join(places)}"
+    for section, spec in SECTIONS.items():
+        inside = values.get(section)
+        if not isinstance(inside, Mapping):
+            continue
+        for key in cast(Mapping[str, Any], inside):
+            others = [f"[{name}]" for name, each in SECTIONS.items() if key in each.model_fields]
+            if key not in spec.model_fields and (key in Recipe.model_fields or others):
+                place = "at the top" if key in Recipe.model_fields else f"in {' or '.join(others)}"
+                return f"{section}: unknown key '{key}': it stands {place}"
+    return None
 
 
 MOVED_IN_2: Mapping[str, tuple[str, str]] = {

@@ -19,12 +19,13 @@ class AdapterCard(Noun):
     recipe: Recipe
     family: str
     base_sha256: Sha256
-    dataset: Sha256
+    dataset: Sha256 | None = Field(default=None, description="none when it was not trained here")
+    origin: str = Field(default="", description="how it came about, when not by training: one sentence")
     trigger_words: tuple[str, ...] = ()
     licences: tuple[str, ...] = ()
     attributions: tuple[str, ...] = ()
     livery_version: str
-    step: NonNegativeInt = Field(description="optimiser steps taken")
+    step: NonNegativeInt = Field(description="optimiser steps taken; 0 when they are not known")
 
 
 class Adapter(Noun):

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-from livery.nouns.base import Noun, Share
+from livery.nouns.base import Noun, Share, unknown_key
 
 LowRankKind = Literal["lora", "loha", "lokr", "oft"]
 LOW_RANK: tuple[LowRankKind, ...] = ("lora", "loha", "lokr", "oft")
+KINDS = (*LOW_RANK, "full", "tokens")
+"""The kinds that ship with livery; plug-ins add theirs."""
 
 
-class LowRankSpec(Noun):
+class _Tuner(Noun):
+    """One entry of [[tuners]]: an unknown key is looked for in the other sorts too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        for key in map(str, cast(Mapping[Any, Any], data)):
+            if key not in cls.model_fields:
+                raise ValueError(cls._unknown(key, cast(Mapping[str, Any], data)))
+        return cast(Any, data)
+
+    @classmethod
+    def _unknown(cls, key: str, data: Mapping[str, Any]) -> str:
+        owners = [str(sort.model_fields["kind"].default) for sort in SORTS if key in sort.model_fields]
+        if not owners:
+            return unknown_key(key, list(cls.model_fields))
+        given = f"this one is '{data['kind']}'" if "kind" in data else "and no kind is given"
+        return f"key '{key}' belongs to kind '{owners[0]}', {given}"
+
+
+class LowRankSpec(_Tuner):
     """A small update of chosen layers, through peft: LoRA, LoHa, LoKr or OFT."""
 
     kind: LowRankKind = "lora"
@@ -66,7 +91,7 @@ class LowRankSpec(Noun):
         return ", ".join([*parts, *self.towers])
 
 
-class FullSpec(Noun):
+class FullSpec(_Tuner):
     """The weights themselves: full fine-tuning."""
 
     kind: Literal["full"] = "full"
@@ -84,7 +109,7 @@ class FullSpec(Noun):
         return ", ".join(["full", *([f"on {self.targets}"] if self.targets else []), *self.towers])
 
 
-class TokensSpec(Noun):
+class TokensSpec(_Tuner):
     """New words for the text encoders: Textual Inversion, Gal et al. 2022 (arXiv:2208.01618)."""
 
     kind: Literal["tokens"] = "tokens"
@@ -108,17 +133,30 @@ class TokensSpec(Noun):
         return f"tokens {' '.join(self.tokens)} of {self.vectors} vectors"
 
 
-class PluginSpec(Noun):
+class PluginSpec(_Tuner):
     """A tuner that an installed plug-in registers under `kind`, with its own settings."""
 
-    kind: str
-    settings: dict[str, str | float | bool] = Field(default={})
-    learning_rate: PositiveFloat | None = None
+    kind: str = Field(description="as the plug-in registers it")
+    settings: dict[str, str | float | bool] = Field(default={}, description="what the plug-in reads")
+    learning_rate: PositiveFloat | None = Field(default=None, description="default the recipe's")
+
+    @classmethod
+    def _unknown(cls, key: str, data: Mapping[str, Any]) -> str:
+        """Most likely the kind is misspelt: a plug-in's own keys stand in `settings`."""
+        near = difflib.get_close_matches(str(data["kind"]), KINDS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return (
+            f"unknown kind '{data['kind']}': {hint}Known are {', '.join(KINDS)}; a plug-in's kind takes "
+            f"'{key}' inside settings"
+        )
 
     @property
     def summary(self) -> str:
         """For people."""
         return self.kind
+
+
+SORTS: tuple[type[Noun], ...] = (LowRankSpec, FullSpec, TokensSpec)
 
 
 def _sort(value: Any) -> str:
@@ -129,13 +167,13 @@ def _sort(value: Any) -> str:
     )
     if kind in LOW_RANK:
         return "low-rank"
-    return str(kind) if kind in ("full", "tokens") else "plug-in"
+    return {"full": "full-weights", "tokens": "new-words"}.get(str(kind), "plug-in")
 
 
 TunerSpec = Annotated[
     Annotated[LowRankSpec, Tag("low-rank")]
-    | Annotated[FullSpec, Tag("full")]
-    | Annotated[TokensSpec, Tag("tokens")]
+    | Annotated[FullSpec, Tag("full-weights")]
+    | Annotated[TokensSpec, Tag("new-words")]
     | Annotated[PluginSpec, Tag("plug-in")],
     Discriminator(_sort),
 ]
