@@ -70,6 +70,8 @@ class Backbone(ABC):
     latent: LatentSpec
     noise: NoiseProcess
     denoiser: nn.Module
+    vae: nn.Module
+    """The autoencoder; caches name latents by its hash."""
     towers: Mapping[str, nn.Module]
     """Text encoders by name, as in the diffusers folder: {"text_encoder": ...}."""
     tokenizers: dict[str, Any]

@@ -1,15 +1,18 @@
 """Latents and prompt encodings, made once: named by what they are made from, kept on disk.
 
-A name is a hash of the content (picture or text), of the base model, and of how the content is
-prepared. So a cache is never stale, can be shared by all runs, and may be deleted at any time.
+A name is a hash of the content (picture or text), of what encodes it, and of how it is prepared: the cut of
+a picture, the form of a caption. So a cache is never stale: a changed picture is encoded anew, and a
+changed text encoder leaves latents alone. All runs share it, and it may be deleted at any time.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -17,66 +20,67 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from livery.models.backbone import Backbone, Conditioning
-from livery.nouns import Photo, Progress, sha256_of
+from livery.models.checkpoint import fingerprint
+from livery.nouns import Photo, PicturesSpec, Progress, sha256_of
+from livery.train.batches import Row
+from livery.train.buckets import Shown, shown_mask, shown_pixels
 from livery.train.checkpoint import write_tensors
 
-PREPARATION = 1
-"""Raise when `fit_square` or an encoder's use changes: old entries are then left alone."""
+PREPARATION = 2
+"""Raise when `shown_pixels` or an encoder's use changes: old entries are then left alone."""
+MEMORY_BYTES = 64 << 20
 
 
 class TensorCache:
-    """A folder of safetensors files by name; those read lately stay in memory up to a bound."""
+    """A folder of safetensors files by kind and name; those used last stay in memory up to a bound."""
 
-    def __init__(self, folder: Path, memory_bytes: int = 1 << 30) -> None:
+    def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self.folder = folder
-        self._left = memory_bytes
-        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._bound, self._held = memory_bytes, 0
+        self._memory: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def get(self, kind: str, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of that name, on the CPU; made and written when there are none."""
-        found = self._memory.get(name) or self._read(name)
+        if name in self._memory:
+            self._memory.move_to_end(name)
+            return self._memory[name]
+        found = self._read(kind, name)
         if found is None:
-            found = {key: part.detach().float().cpu().contiguous() for key, part in make().items()}
-            write_tensors(self._file(name), found)
+            found = {key: part.detach().cpu().contiguous() for key, part in make().items()}
+            write_tensors(self._file(kind, name), found)
         self._keep(name, found)
         return found
 
-    def _file(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name}.safetensors"
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is an entry; it may be damaged, which `get` finds out."""
+        return self._file(kind, name).is_file()
 
-    def _read(self, name: str) -> dict[str, Tensor] | None:
+    def _file(self, kind: str, name: str) -> Path:
+        return self.folder / kind / name[:2] / f"{name}.safetensors"
+
+    def _read(self, kind: str, name: str) -> dict[str, Tensor] | None:
         try:
-            return load_file(self._file(name))
+            return load_file(self._file(kind, name))
         except (FileNotFoundError, SafetensorError):  # a damaged entry is made anew
             return None
 
     def _keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if name not in self._memory and size <= self._left:
-            self._left -= size
-            self._memory[name] = tensors
+        self._memory[name] = tensors
+        self._held += _bytes(tensors)
+        while self._held > self._bound:
+            self._held -= _bytes(self._memory.popitem(last=False)[1])
 
 
-def fit_square(image: Image.Image, side: int) -> Tensor:
-    """A picture of any shape -> [3, side, side] in [-1, 1].
-
-    The short side is resized (Lanczos, antialiased) and the long one cut evenly at both ends.
-    """
-    image = image.convert("RGB")
-    scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    square = np.array(resized.crop((left, top, left + side, top + side)), dtype=np.float32)
-    return torch.from_numpy(square).permute(2, 0, 1) / 127.5 - 1
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class Encodings:
     """What the loop reads instead of pictures and texts.
 
-    Everything is encoded alone, not in batches, and in fp32: an entry has the same bits whatever
-    else the run that made it held. When a tuner trains the towers, prompts are encoded anew in
-    each step, with gradients, and never cached.
+    Everything is encoded alone, not in batches: an entry has the same bits whatever else the run that
+    made it held. When a tuner trains the towers, prompts are encoded anew in each step, with gradients,
+    and never cached. To be made before tuners are attached: it takes the hash of what encodes.
     """
 
     def __init__(
@@ -84,49 +88,108 @@ class Encodings:
         backbone: Backbone,
         cache: TensorCache,
         pixels: Callable[[Photo], Image.Image],
-        side: int,
+        pictures: PicturesSpec,
         *,
         towers_train: bool,
     ) -> None:
+        """`pixels` reads a photo, and a mask as the photo that has the mask's hash."""
         self._backbone, self._cache, self._pixels = backbone, cache, pixels
-        self._side, self._towers_train = side, towers_train
+        self._pictures, self._towers_train = pictures, towers_train
+        latent = backbone.latent
+        facts = [latent.channels, latent.factor, latent.scale, latent.shift]
+        self._eye = fingerprint({"vae": backbone.vae}, {"latent": facts})
+        self._ear = "" if towers_train else _hash_of_towers(backbone)
 
-    def fill(self, photos: Sequence[Photo], captions: Iterable[str]) -> Iterator[Progress]:
-        """Make all that is not there yet, one Progress per picture and per caption."""
-        for done, photo in enumerate(photos, 1):
-            self._latents(photo)
-            yield Progress(stage="encode pictures", done=done, total=len(photos))
+    def fill(self, shown: Iterable[Shown], captions: Iterable[str]) -> Iterator[Progress]:
+        """Make all that is not there yet, one Progress per picture, as it is shown, and per caption.
+
+        Give `plan.shown()` and `plan.captions()`, and the same of held-out rows.
+        """
+        pictures = list(shown)
+        for done, one in enumerate(pictures, 1):
+            if not self._cache.has("latents", self._latents_name(one)):
+                self._latents(one)
+            if self._masked(one):
+                self._mask(one)
+            yield Progress(stage="encode pictures", done=done, total=len(pictures))
         texts = [] if self._towers_train else sorted(set(captions))
         for done, text in enumerate(texts, 1):
-            self._prompt(text)
+            if not self._cache.has("prompts", self._prompt_name(text)):
+                self._prompt(text)
             yield Progress(stage="encode captions", done=done, total=len(texts))
 
-    def latents(self, photos: Sequence[Photo]) -> Tensor:
-        """-> [B, C, h, w] on the backbone's device."""
-        return torch.cat([self._latents(photo) for photo in photos]).to(self._backbone.device)
+    def latents(self, rows: Sequence[Shown]) -> Tensor:
+        """-> [B, C, h, w] fp32 on the backbone's device. All rows are shown at one size."""
+        return torch.cat([self._latents(row) for row in rows]).float().to(self._backbone.device)
 
-    def prompts(self, texts: Sequence[str]) -> Conditioning:
-        """-> B rows on the backbone's device."""
+    def masks(self, rows: Sequence[Shown]) -> Tensor | None:
+        """What each latent cell counts: -> [B, 1, h, w] fp32 in [unmasked_weight, 1] on the device.
+
+        None when every cell of every row counts fully. A photo without a mask counts fully.
+        """
+        if not any(self._masked(row) for row in rows):
+            return None
+        factor, floor = self._backbone.latent.factor, self._pictures.unmasked_weight
+        view = rows[0].view
+        whole = torch.ones(1, view.height // factor, view.width // factor)
+        masks = [self._mask(row) if self._masked(row) else whole for row in rows]
+        return (floor + (1 - floor) * torch.stack(masks)).to(self._backbone.device)
+
+    def prompts(self, rows: Sequence[Row]) -> Conditioning:
+        """-> B rows on the backbone's device, with `size` as each row's picture is shown."""
+        texts, device = [row.caption for row in rows], self._backbone.device
         if self._towers_train:
-            return self._backbone.encode_prompts(texts)
-        rows = [Conditioning(**self._prompt(text)) for text in texts]
-        return Conditioning.stack(rows).to(self._backbone.device)
+            made = self._backbone.encode_prompts(texts)
+        else:
+            made = Conditioning.stack([Conditioning(**self._prompt(text)) for text in texts]).to(device)
+        size = torch.tensor([row.size for row in rows], dtype=torch.float32, device=device)
+        return replace(made, size=size)
 
-    def _latents(self, photo: Photo) -> Tensor:
-        name = self._name("latents", photo.sha256, self._side)
-        return self._cache.get(name, lambda: {"latents": self._encode(photo)})["latents"]
+    def _latents(self, one: Shown) -> Tensor:
+        name = self._latents_name(one)
+        return self._cache.get("latents", name, lambda: {"latents": self._encode(one)})["latents"]
 
     @torch.no_grad()
-    def _encode(self, photo: Photo) -> Tensor:
-        square = fit_square(self._pixels(photo), self._side)
-        return self._backbone.encode_images(square[None].to(self._backbone.device))
+    def _encode(self, one: Shown) -> Tensor:
+        pixels = shown_pixels(self._pixels(one.photo), one.view)
+        return self._backbone.encode_images(pixels[None].to(self._backbone.device))
+
+    def _latents_name(self, one: Shown) -> str:
+        return sha256_of([PREPARATION, self._eye, one.photo.sha256, *astuple(one.view)])
+
+    def _masked(self, one: Shown) -> bool:
+        return self._pictures.masks == "loss" and one.photo.mask is not None
+
+    def _mask(self, one: Shown) -> Tensor:
+        mask = one.photo.model_copy(update={"sha256": one.photo.mask})
+        factor = self._backbone.latent.factor
+        name = sha256_of([PREPARATION, factor, mask.sha256, *astuple(one.view)])
+        return self._cache.get(
+            "masks", name, lambda: {"mask": shown_mask(self._pixels(mask), one.view, factor)}
+        )["mask"]
 
     def _prompt(self, text: str) -> dict[str, Tensor]:
-        return self._cache.get(self._name("prompt", text), lambda: self._encode_prompt(text))
+        return self._cache.get("prompts", self._prompt_name(text), lambda: self._encode_prompt(text))
 
     @torch.no_grad()
     def _encode_prompt(self, text: str) -> dict[str, Tensor]:
         return self._backbone.encode_prompts([text]).tensors()
 
-    def _name(self, *content: str | int) -> str:
-        return sha256_of([PREPARATION, self._backbone.sha256, *content])
+    def _prompt_name(self, text: str) -> str:
+        return sha256_of([PREPARATION, self._ear, text])
+
+
+def _hash_of_towers(backbone: Backbone) -> str:
+    """Of all that an encoding of a prompt hangs on: the towers' weights and settings, the tokenizers."""
+    settings = {name: _settings(cast(Any, tower).config.to_dict()) for name, tower in backbone.towers.items()}
+    words = {
+        name: [sha256_of(tokenizer.get_vocab()), tokenizer.model_max_length]
+        for name, tokenizer in backbone.tokenizers.items()
+    }
+    return fingerprint(backbone.towers, {"family": backbone.family, "settings": settings, "words": words})
+
+
+def _settings(config: dict[str, Any]) -> dict[str, str]:
+    """A configuration without what tells of files and versions, as text."""
+    versions = {"transformers_version", "dtype", "torch_dtype"}
+    return {k: str(v) for k, v in config.items() if not k.startswith("_") and k not in versions}

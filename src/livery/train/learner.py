@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from livery.models.backbone import Backbone
 from livery.models.device import autocast
 from livery.models.noise import for_recipe
-from livery.nouns import LiveryError, Photo, Recipe
-from livery.train.batches import Row, batches_of_step
+from livery.nouns import LiveryError, Recipe
+from livery.train.batches import Plan, Row, batches_of_step
 from livery.train.cache import Encodings
 from livery.train.loss import noise_weights, row_errors, share_of_step
 from livery.train.optimizer import adamw, learning_rate, read_state, set_rate, write_state
@@ -27,11 +27,11 @@ class Learner:
         recipe: Recipe,
         backbone: Backbone,
         attached: Attached,
-        photos: Sequence[Photo],
+        plan: Plan,
         encodings: Encodings,
     ) -> None:
         self._recipe, self._backbone, self._attached = recipe, backbone, attached
-        self._photos, self._encodings = photos, encodings
+        self._plan, self._encodings = plan, encodings
         self._law = for_recipe(backbone.noise, recipe).to(backbone.device)
         self._params = dict(attached.params)
         self._optimizer = adamw(self._params.values(), recipe)
@@ -42,7 +42,7 @@ class Learner:
         Raises LiveryError when the loss or the gradient is not a finite number.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        shares = [self._share(rows) for rows in batches_of_step(self._photos, self._recipe, step)]
+        shares = [self._share(rows) for rows in batches_of_step(self._plan, step)]
         loss = float(torch.stack(shares).sum())
         norm = nn.utils.clip_grad_norm_(self._params.values(), self._recipe.optimizer.clip_norm)
         self._require_finite(loss, "loss", step)
@@ -72,15 +72,15 @@ class Learner:
 
     def _share(self, rows: Sequence[Row]) -> Tensor:
         """Add the gradient of one batch; its share of the step's loss."""
-        clean = self._encodings.latents([row.photo for row in rows])
+        clean = self._encodings.latents(rows)
         law, device = self._law, clean.device
         t = torch.cat([law.sample_timesteps(1, row.random) for row in rows]).to(device)
         noise = torch.stack([torch.randn(clean[0].shape, generator=row.random) for row in rows]).to(device)
         with autocast(device, self._recipe.precision, clean[0, 0].numel()):
-            prompts = self._encodings.prompts([row.caption for row in rows])
+            prompts = self._encodings.prompts(rows)
             prediction = self._backbone.predict(law.mix(clean, noise, t), t, prompts)
         errors = row_errors(prediction, law.target(clean, noise, t))
-        weights = noise_weights(law.weight(t, self._recipe.loss), [row.photo.weight for row in rows])
+        weights = noise_weights(law.weight(t, self._recipe.loss), [row.weight for row in rows])
         share = share_of_step(errors, weights, self._recipe.batch_size * self._recipe.accumulate)
         share.backward()
         return share.detach()

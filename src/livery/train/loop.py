@@ -11,7 +11,8 @@ from PIL import Image
 from livery.models.backbone import Backbone
 from livery.nouns import Dataset, Event, LiveryError, Note, Photo, Progress, Recipe
 from livery.train import checkpoint
-from livery.train.batches import captions_of
+from livery.train.batches import Plan, held_out_row
+from livery.train.buckets import Framing
 from livery.train.cache import Encodings, TensorCache
 from livery.train.learner import Learner
 from livery.train.session import Draw, Outlets, Session
@@ -43,7 +44,7 @@ def train(
     another run, a loss that is not finite.
     """
     began = time.monotonic()
-    side = _side(recipe, backbone)
+    framing = Framing.of(recipe, backbone)
     identity = checkpoint.Identity(recipe=recipe.id, dataset=dataset.id, base=backbone.sha256)
     _require_photos(dataset)
     checkpoint.sweep(folder)
@@ -54,29 +55,21 @@ def train(
     tuners = [build(spec) for spec in recipe.tuners]
     towers_train = any("towers" in each.touches for each in tuners)
     store = TensorCache(cache or folder / "cache")
-    encodings = Encodings(backbone, store, pixels, side, towers_train=towers_train)
-    for progress in _encode(recipe, dataset, encodings):
+    encodings = Encodings(backbone, store, pixels, recipe.pictures, towers_train=towers_train)
+    plan = Plan(dataset.split("train"), recipe, framing)
+    for progress in _encode(plan, dataset, framing, encodings):
         yield progress
         if should_stop():
             yield Note(text="Stopped before the first step; what was encoded is kept.")
             return
     attached = attach_all(tuners, backbone, recipe.seed)
     try:
-        learner = Learner(recipe, backbone, attached, dataset.split("train"), encodings)
+        learner = Learner(recipe, backbone, attached, plan, encodings)
         outlets = Outlets(folder, put_blob, draw)
         session = Session(identity, recipe, backbone, dataset, learner, encodings, outlets)
         yield from session.run(found, began, should_stop)
     finally:
         attached.undo()
-
-
-def _side(recipe: Recipe, backbone: Backbone) -> int:
-    """The side in pixels of the squares that pictures are cut to."""
-    side, factor = (recipe.pictures.resolutions or (backbone.resolution,))[0], backbone.latent.factor
-    if side % factor:
-        near = max(1, round(side / factor)) * factor
-        raise LiveryError(f"resolution {side} is not a multiple of {factor}, as this base needs: try {near}.")
-    return side
 
 
 def _require_photos(dataset: Dataset) -> None:
@@ -106,8 +99,9 @@ def _warning(text: str) -> Note:
     return Note(level="warning", text=text)
 
 
-def _encode(recipe: Recipe, dataset: Dataset, encodings: Encodings) -> Iterator[Progress]:
+def _encode(plan: Plan, dataset: Dataset, framing: Framing, encodings: Encodings) -> Iterator[Progress]:
     """Encode what the run will read: all captions, and the empty one where captions are dropped."""
-    photos = [*dataset.split("train"), *(dataset.split("validation") if recipe.validate_every else ())]
-    captions = {caption for photo in photos for caption in captions_of(photo, recipe.trigger)}
-    return encodings.fill(photos, captions | ({""} if recipe.captions.dropout else set()))
+    held_out = dataset.split("validation") if plan.recipe.validate_every else ()
+    rows = [held_out_row(photo, plan.recipe, framing) for photo in held_out]
+    captions = plan.captions() | {row.caption for row in rows}
+    return encodings.fill([*plan.shown(), *rows], captions)

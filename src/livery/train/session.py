@@ -32,6 +32,8 @@ from livery.nouns import (
     with_trigger,
 )
 from livery.train import checkpoint
+from livery.train.batches import held_out_row
+from livery.train.buckets import Framing
 from livery.train.cache import Encodings
 from livery.train.learner import Learner
 from livery.train.validation import Grid, held_out_loss
@@ -134,10 +136,12 @@ class Session:
             yield from self._sample()
 
     def _validate(self) -> Iterator[Validation]:
-        recipe, photos = self._recipe, self._dataset.split("validation")
+        recipe, framing = self._recipe, Framing.of(self._recipe, self._backbone)
+        photos = self._dataset.split("validation")
         if not photos:
             return
-        grid = Grid(photos, recipe.trigger, recipe.loss, recipe.precision, recipe.batch_size)
+        rows = tuple(held_out_row(photo, recipe, framing) for photo in photos)
+        grid = Grid(rows, recipe.loss, recipe.precision, recipe.batch_size)
         loss = held_out_loss(self._backbone, for_recipe(self._backbone.noise, recipe), grid, self._encodings)
         self._validations.append(Validation(step=self.step, loss=loss))
         yield self._validations[-1]
