@@ -68,7 +68,7 @@ def test_facts_come_from_the_configuration(tiny: SD1, folder: Path):
 def test_a_tokenizer_in_the_older_two_files_is_the_same(tiny: SD1, folder: Path):
     """As SD 1.5's folder has it. The tiny tokenizer has no merges: that they act is not shown here."""
     (folder / "tokenizer/tokenizer.json").unlink()
-    (folder / "tokenizer/vocab.json").write_text(json.dumps(tiny.tokenizer.get_vocab()))
+    (folder / "tokenizer/vocab.json").write_text(json.dumps(tiny.tokenizers["text_encoder"].get_vocab()))
     (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
     loaded = SD1.load(folder)
     assert loaded.sha256 == tiny.sha256
@@ -265,4 +265,4 @@ def test_an_inpainting_unet_is_refused(tiny: SD1):
     config = {**tiny.unet.config, "in_channels": 9}
     unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config))
     with pytest.raises(LiveryError, match="takes 9 channels but the latents have 4"):
-        SD1(unet, tiny.vae, tiny.text_encoder, tiny.tokenizer, tiny.scheduler)
+        SD1(unet, tiny.vae, tiny.text_encoder, tiny.tokenizers["text_encoder"], tiny.scheduler)
