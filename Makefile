@@ -6,7 +6,7 @@ BIN    := .venv/bin
 TORCH  := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -25,6 +25,9 @@ check: .venv/.installed-dev
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.installed
+	$(BIN)/python -c "from pathlib import Path; from livery.nouns.reference import recipe_page; Path('docs/recipes.md').write_text(recipe_page())"
 
 clean:
 	rm -rf .venv

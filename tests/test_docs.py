@@ -8,30 +8,33 @@ import typer
 from pydantic import BaseModel
 
 from livery import cli
-from livery.nouns import Recipe, TunerSpec
+from livery.nouns import PluginSpec, Recipe
+from livery.nouns.recipe import SECTIONS
+from livery.nouns.recipe_file import toml_value
+from livery.nouns.reference import recipe_page
+from livery.nouns.tuning import SORTS
 from livery.studio import Studio
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # pyright: ignore[reportAttributeAccessIssue]
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "recipes" / "starter" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), ROOT / "recipes" / "starter" / "README.md"]
 
 
-@pytest.mark.parametrize(
-    ("noun", "key"), [(noun, key) for noun in (Recipe, TunerSpec) for key in noun.model_fields]
-)
-def test_every_recipe_key_is_documented_with_its_default(noun: type[BaseModel], key: str) -> None:
-    text = (DOCS / "recipes.md").read_text()
-    section = text.split(f"### `{key}`\n", 1)
-    assert len(section) == 2, f"docs/recipes.md lacks a heading for {key}"
-    default = noun.model_fields[key].default
-    if isinstance(default, int | float | str) and default != "":
-        assert section[1].strip().startswith(f"Default: {default}.")
+def test_the_page_of_recipe_keys_is_what_the_nouns_say() -> None:
+    assert (DOCS / "recipes.md").read_text() == recipe_page(), "write it again with: make docs"
 
 
-def test_docs_name_no_recipe_key_that_is_gone() -> None:
-    named = set(re.findall(r"^### `(\w+)`", (DOCS / "recipes.md").read_text(), re.MULTILINE))
-    assert named == {*Recipe.model_fields, *TunerSpec.model_fields}
+@pytest.mark.parametrize("noun", [Recipe, *SECTIONS.values(), *SORTS, PluginSpec])
+def test_every_recipe_key_is_documented_with_its_meaning_and_default(noun: type[BaseModel]) -> None:
+    page = recipe_page()
+    for key, field in noun.model_fields.items():
+        assert field.description, f"{noun.__name__}.{key} says nothing of itself"
+        if key not in SECTIONS:
+            default = f"`{toml_value(field.default)}`" if isinstance(field.default, int | float | str) else ""
+            assert re.search(rf"^\| `{key}` \|.*\| {re.escape(default)}", page, re.MULTILINE), key
+        else:
+            assert f"\n## `[{key}]`\n" in page
 
 
 @pytest.mark.parametrize("command", COMMANDS)

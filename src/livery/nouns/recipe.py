@@ -41,7 +41,9 @@ class CaptionsSpec(Noun):
     keep_tags: NonNegativeInt = Field(default=1, description="first tags that are neither moved nor dropped")
     tag_dropout: Share = Field(default=0.0, description="share of the other tags left out in each row")
     separator: str = Field(default=",", min_length=1, description="between tags")
-    trigger_place: Literal["first", "last"] = "last"
+    trigger_place: Literal["first", "last"] = Field(
+        default="last", description="where the trigger goes in a caption that lacks it"
+    )
     variants: PositiveInt = Field(
         default=8, description="shuffled or thinned forms of each caption; each form's encoding is cached"
     )
@@ -53,8 +55,12 @@ class LossSpec(Noun):
     weighting: Literal["none", "min-snr", "debiased"] = Field(
         default="min-snr", description="per noise level; rectified flow has none of these and takes 'none'"
     )
-    min_snr_gamma: PositiveFloat = 5.0
-    kind: Literal["mse", "huber"] = "mse"
+    min_snr_gamma: PositiveFloat = Field(
+        default=5.0, description="signal-to-noise ratio above which rows count less; papers and people use 5"
+    )
+    kind: Literal["mse", "huber"] = Field(
+        default="mse", description="'huber' forgives rows that are far off: pictures that do not fit the rest"
+    )
     huber_delta: PositiveFloat = Field(default=0.1, description="errors above it count linearly")
     zero_terminal_snr: bool = Field(
         default=False, description="rescale the schedule to end in pure noise; for v-prediction"
@@ -72,8 +78,10 @@ class NoiseSpec(Noun):
     timesteps: Literal["uniform", "logit-normal"] | None = Field(
         default=None, description="default: uniform for diffusion, logit-normal for rectified flow"
     )
-    logit_mean: float = 0.0
-    logit_std: PositiveFloat = 1.0
+    logit_mean: float = Field(default=0.0, description="of the levels' logit; above 0 = more noise")
+    logit_std: PositiveFloat = Field(
+        default=1.0, description="of the levels' logit; less = more in the middle"
+    )
     shift: PositiveFloat | None = Field(
         default=None, description="rectified flow: moves levels to more noise; default the base's"
     )
@@ -82,12 +90,19 @@ class NoiseSpec(Noun):
 class OptimizerSpec(Noun):
     """How gradients move weights."""
 
-    kind: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
-    weight_decay: NonNegativeFloat = 0.01
+    kind: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = Field(
+        default="adamw",
+        description="'adamw8bit' and 'adafactor' keep less memory, 'prodigy' finds the learning rate",
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.01, description="pull of weights to zero")
     betas: tuple[Share, Share] | None = Field(default=None, description="default the optimiser's own")
     clip_norm: PositiveFloat = Field(default=1.0, description="largest length of the gradient")
-    schedule: Literal["constant", "cosine", "linear", "cosine-restarts"] = "cosine"
-    warmup_steps: NonNegativeInt = 20
+    schedule: Literal["constant", "cosine", "linear", "cosine-restarts"] = Field(
+        default="cosine", description="how the learning rate falls to 0 after the warm-up, or does not"
+    )
+    warmup_steps: NonNegativeInt = Field(
+        default=20, description="steps in which the learning rate rises from 0"
+    )
     restarts: PositiveInt = Field(default=3, description="cycles of 'cosine-restarts'")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the running mean that is kept; 0 = off")
 
@@ -102,13 +117,17 @@ class PriorSpec(Noun):
     prompt: str = Field(default="", description="the class: 'a dog'")
     count: PositiveInt = Field(default=200, description="class photos; those missing are drawn by the base")
     weight: PositiveFloat = Field(default=1.0, description="of a class row; a subject's row is 1")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(
+        default=0, description="of the first class photo drawn; the next ones count up"
+    )
 
 
 class MemorySpec(Noun):
     """What is traded for memory. 'auto' takes the fastest set that fits the device, and says which."""
 
-    mode: Literal["auto", "manual"] = "auto"
+    mode: Literal["auto", "manual"] = Field(
+        default="auto", description="'manual': the keys below as they are written"
+    )
     weights: Literal["fp32", "bf16", "fp16", "int8", "int4"] = Field(
         default="fp32", description="of the frozen base; quantised ones only where it does not train"
     )
@@ -140,15 +159,17 @@ class Recipe(Noun):
     version: int = Field(default=VERSION, ge=VERSION, le=VERSION, description="of these keys")
     base: str = Field(default="starter", description="'starter', a folder, a checkpoint file or a hub id")
     family: str | None = Field(default=None, description="default: read from the base")
-    tuners: tuple[TunerSpec, ...] = Field(default=(LowRankSpec(),), min_length=1)
+    tuners: tuple[TunerSpec, ...] = Field(
+        default=(LowRankSpec(),), min_length=1, description="what changes: one [[tuners]] table each"
+    )
     trigger: str = Field(default="", description="words that call the style; put into captions")
     steps: PositiveInt = Field(default=400, description="optimiser steps")
     steps_per_photo: PositiveFloat | None = Field(
         default=None, description="instead of steps: this x training photos, within min_steps and max_steps"
     )
-    min_steps: PositiveInt = 100
-    max_steps: PositiveInt = 20_000
-    batch_size: PositiveInt = 8
+    min_steps: PositiveInt = Field(default=100, description="fewest that steps_per_photo may come to")
+    max_steps: PositiveInt = Field(default=20_000, description="most that steps_per_photo may come to")
+    batch_size: PositiveInt = Field(default=8, description="rows per forward pass")
     accumulate: PositiveInt = Field(default=1, description="batches per optimiser step")
     learning_rate: PositiveFloat = Field(default=1e-3, description="per optimiser step")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -156,17 +177,17 @@ class Recipe(Noun):
     )
     validate_every: NonNegativeInt = Field(default=100, description="optimiser steps; 0 = never")
     sample_every: NonNegativeInt = Field(default=0, description="optimiser steps; 0 = never")
-    sample_prompts: tuple[str, ...] = ()
+    sample_prompts: tuple[str, ...] = Field(default=(), description="what is drawn on the way")
     checkpoint_every: PositiveInt = Field(default=50, description="optimiser steps")
-    seed: NonNegativeInt = 0
-    pictures: PicturesSpec = PicturesSpec()
-    captions: CaptionsSpec = CaptionsSpec()
-    loss: LossSpec = LossSpec()
-    noise: NoiseSpec = NoiseSpec()
-    optimizer: OptimizerSpec = OptimizerSpec()
-    prior: PriorSpec = PriorSpec()
-    memory: MemorySpec = MemorySpec()
-    stop: StopSpec = StopSpec()
+    seed: NonNegativeInt = Field(default=0, description="of all randomness: equal seeds, equal adapters")
+    pictures: PicturesSpec = Field(default=PicturesSpec(), description="a section")
+    captions: CaptionsSpec = Field(default=CaptionsSpec(), description="a section")
+    loss: LossSpec = Field(default=LossSpec(), description="a section")
+    noise: NoiseSpec = Field(default=NoiseSpec(), description="a section")
+    optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="a section")
+    prior: PriorSpec = Field(default=PriorSpec(), description="a section")
+    memory: MemorySpec = Field(default=MemorySpec(), description="a section")
+    stop: StopSpec = Field(default=StopSpec(), description="a section")
 
     @model_validator(mode="before")
     @classmethod

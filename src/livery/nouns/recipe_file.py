@@ -27,12 +27,14 @@ def recipe_toml(recipe: Recipe, head: str = HEAD) -> str:
     """The recipe as TOML that `read_recipe` turns into an equal one; `head` is its first comment."""
     chosen = _chosen(recipe)
     lines = [*head.splitlines(), f"version = {recipe.version}"]
-    lines += [f"{key} = {_value(value)}" for key, value in chosen.items() if key not in (*SECTIONS, "tuners")]
+    lines += [
+        f"{key} = {toml_value(value)}" for key, value in chosen.items() if key not in (*SECTIONS, "tuners")
+    ]
     for section in SECTIONS:
         if inside := _chosen(getattr(recipe, section)):
             lines += ["", f"[{section}]", *_pairs(inside)]
     for spec in recipe.tuners if "tuners" in chosen else ():
-        lines += ["", "[[tuners]]", f"kind = {_value(spec.kind)}"]
+        lines += ["", "[[tuners]]", f"kind = {toml_value(spec.kind)}"]
         lines += _pairs({key: value for key, value in _chosen(spec).items() if key != "kind"})
     return "\n".join(lines) + "\n"
 
@@ -46,10 +48,10 @@ def _chosen(noun: Noun) -> dict[str, Any]:
 
 
 def _pairs(values: Mapping[str, Any]) -> Iterator[str]:
-    return (f"{key} = {_value(value)}" for key, value in values.items())
+    return (f"{key} = {toml_value(value)}" for key, value in values.items())
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """One value on one line: TOML 1.0, https://toml.io/en/v1.0.0."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -57,7 +59,7 @@ def _value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     if isinstance(value, Mapping):
         items = cast(Mapping[str, Any], value).items()
-        return "{" + ", ".join(f"{_value(key)} = {_value(inner)}" for key, inner in items) + "}"
+        return "{" + ", ".join(f"{toml_value(key)} = {toml_value(inner)}" for key, inner in items) + "}"
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(map(_value, cast(tuple[Any, ...], value))) + "]"
+        return "[" + ", ".join(map(toml_value, cast(tuple[Any, ...], value))) + "]"
     return repr(value)

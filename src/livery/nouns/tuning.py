@@ -41,7 +41,7 @@ class _Tuner(Noun):
 class LowRankSpec(_Tuner):
     """A small update of chosen layers, through peft: LoRA, LoHa, LoKr or OFT."""
 
-    kind: LowRankKind = "lora"
+    kind: LowRankKind = Field(default="lora", description="'lora', or products of more and smaller factors")
     rank: PositiveInt = Field(default=16, description="OFT: the size of its blocks")
     alpha: PositiveFloat | None = Field(default=None, description="scale is alpha / rank; default rank")
     targets: str | None = Field(
@@ -94,7 +94,7 @@ class LowRankSpec(_Tuner):
 class FullSpec(_Tuner):
     """The weights themselves: full fine-tuning."""
 
-    kind: Literal["full"] = "full"
+    kind: Literal["full"] = Field(default="full", description="tells this sort")
     targets: str | None = Field(
         default=None, description="regular expression over whole parameter names of the denoiser; default all"
     )
@@ -112,7 +112,7 @@ class FullSpec(_Tuner):
 class TokensSpec(_Tuner):
     """New words for the text encoders: Textual Inversion, Gal et al. 2022 (arXiv:2208.01618)."""
 
-    kind: Literal["tokens"] = "tokens"
+    kind: Literal["tokens"] = Field(default="tokens", description="tells this sort")
     tokens: dict[str, str] = Field(description='new word -> words it starts from: {"<acme>" = "red sneaker"}')
     vectors: PositiveInt = Field(default=1, description="per new word")
     towers: tuple[str, ...] = Field(default=(), description="text encoders that learn it; default all")
