@@ -1,0 +1,249 @@
+"""What is traded for memory while a run lasts: stored weights, checkpointing, idle parts, fused backward.
+
+A plan is a `MemorySpec` in mode "manual"; `estimate.choose` makes one from "auto". `waiting` spans the
+whole run, `applied` the steps, after the tuners are attached: what trains is never stored small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from livery.models.backbone import Backbone
+from livery.nouns import MemorySpec, sha256_of
+from livery.train.stored import Storage, stored
+
+HOST = torch.device("cpu")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def applied(backbone: Backbone, plan: MemorySpec) -> Generator[None]:
+    """The plan's stored weights, gradient checkpointing and compiled blocks, for the length of a `with`.
+
+    Only parts at work are touched: the denoiser, and towers in which something trains. Afterwards the
+    backbone is what it was. On a card the plain weights wait in the host's memory; on the CPU they would
+    take the memory that was to be saved, so they come back rounded, and `backbone.sha256` changes: a base
+    with rounded weights is another base, and whoever keeps one loaded can tell.
+    """
+    parts = [part for name, part in backbone.modules().items() if name == "denoiser" or trains(part)]
+    with ExitStack() as stack:
+        if plan.weights != "fp32":
+            kept = backbone.device.type != "cpu"
+            for part in parts:
+                stack.enter_context(_stored(part, plan.weights, kept))
+            if not kept:
+                stack.callback(_rename, backbone, plan.weights)
+        if plan.checkpointing:
+            for part in parts:
+                stack.enter_context(_checkpointed(part))
+        if plan.compile:
+            stack.enter_context(compiled(backbone.denoiser))
+        yield
+
+
+def trains(part: nn.Module) -> bool:
+    """Whether anything in it learns."""
+    return any(param.requires_grad for param in part.parameters())
+
+
+def _rename(backbone: Backbone, storage: Storage) -> None:
+    backbone.sha256 = sha256_of([backbone.sha256, "rounded", storage])
+
+
+# ---------------------------------------------------------------------------- stored weights
+
+
+@contextmanager
+def _stored(part: nn.Module, storage: Storage, keep: bool) -> Generator[None]:
+    """Frozen layers of a part in their stored form; `keep` = plain weights wait on the host."""
+    replaced: list[tuple[str, nn.Module, Tensor | None]] = []
+    for name, layer in list(part.named_modules()):
+        small = stored(layer, storage)
+        if small is None:
+            continue
+        weight = cast(Tensor, layer.weight)
+        replaced.append((name, layer, weight.data.to(HOST) if keep else None))
+        weight.data = weight.data.new_empty(0)
+        part.set_submodule(name, small)
+    try:
+        yield
+    finally:
+        for name, layer, kept in replaced:
+            small = part.get_submodule(name)
+            plain = cast(Tensor, small.weight) if kept is None else kept.to(cast(Tensor, small.codes).device)
+            cast(Tensor, layer.weight).data = plain
+            part.set_submodule(name, layer)
+
+
+# ---------------------------------------------------------------------------- checkpointing
+
+
+@contextmanager
+def _checkpointed(part: nn.Module) -> Generator[None]:
+    """Gradient checkpointing of diffusers' and transformers' blocks, Chen et al. 2016 (arXiv:1604.06174)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    each: Any = part
+    flags = [(m, m.gradient_checkpointing) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
+    modes = [(m, m.training) for m in part.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if hasattr(each, "enable_gradient_checkpointing"):
+        each.enable_gradient_checkpointing()
+    else:
+        each.activation_checkpointing_enable({"use_reentrant": False})
+        for layer, _ in modes:
+            # transformers looks at this flag of the layer itself; what is inside stays without dropout.
+            layer.training = True
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            cast(Any, module).gradient_checkpointing = flag
+        for layer, mode in modes:
+            layer.training = mode
+
+
+# ---------------------------------------------------------------------------- compiled blocks
+
+
+@contextmanager
+def compiled(denoiser: nn.Module, backend: str = "inductor") -> Generator[None]:
+    """The denoiser's repeated blocks compiled, each sort once (diffusers' `compile_repeated_blocks`)."""
+    sorts: Sequence[str] = getattr(denoiser, "_repeated_blocks", None) or ()
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in sorts]
+    before = [getattr(block, "_compiled_call_impl", None) for block in blocks]
+    for block in blocks:
+        block.compile(backend=backend)
+    try:
+        yield
+    finally:
+        for block, call in zip(blocks, before, strict=True):
+            setattr(block, "_compiled_call_impl", call)  # noqa: B010 - torch has no way to take it back
+
+
+# ---------------------------------------------------------------------------- idle parts
+
+
+class Seats:
+    """Which parts are on the device; the others wait on the host. A verb brings what it needs."""
+
+    def __init__(self, backbone: Backbone, towers_train: bool, host: torch.device = HOST) -> None:
+        self._home, self._host = backbone.device, host
+        self._parts: dict[str, nn.Module] = {"vae": backbone.vae, **backbone.modules()}
+        towers = tuple(backbone.towers)
+        learning = ("denoiser", *(towers if towers_train else ()))
+        self.needs: dict[str, tuple[str, ...]] = {
+            "encode_images": ("vae",),
+            "decode_latents": ("vae",),
+            "encode_prompts": learning if towers_train else towers,
+            "predict": learning,
+        }
+        self.seated = frozenset(self._parts)
+
+    def take(self, names: Iterable[str]) -> None:
+        """Exactly these parts on the device. Does nothing when they are there already."""
+        wanted = frozenset(names)
+        if wanted == self.seated:
+            return
+        for name in self._parts.keys() - wanted:
+            self._parts[name].to(self._host)
+        for name in wanted:
+            self._parts[name].to(self._home)
+        self.seated = wanted
+
+    def take_all(self) -> None:
+        self.take(self._parts)
+
+    def drawing(self, draw: Callable[P, Iterable[T]]) -> Callable[P, Iterator[T]]:
+        """The same, with every part on the device while it draws: pipelines reach into parts directly."""
+
+        def with_all(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+            self.take_all()
+            yield from draw(*args, **kwargs)
+
+        return with_all
+
+
+@contextmanager
+def waiting(backbone: Backbone, plan: MemorySpec, *, towers_train: bool) -> Generator[Seats | None]:
+    """With the plan's `offload`, parts that idle wait on the host until a verb needs them; on a CPU they are
+    there already. In the end all are back on their device.
+    """
+    if not plan.offload or backbone.device.type == "cpu":
+        yield None
+        return
+    with seated(backbone, Seats(backbone, towers_train)) as seats:
+        yield seats
+
+
+@contextmanager
+def seated(backbone: Backbone, seats: Seats) -> Generator[Seats]:
+    """Have the backbone's verbs take their seats before they work."""
+    backbone.home = backbone.device
+    for verb, names in seats.needs.items():
+        setattr(backbone, verb, _after(lambda names=names: seats.take(names), getattr(backbone, verb)))
+    try:
+        yield seats
+    finally:
+        for verb in seats.needs:
+            delattr(backbone, verb)
+        seats.take_all()
+        backbone.home = None
+
+
+def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return then(*args, **kwargs)
+
+    return both
+
+
+# ---------------------------------------------------------------------------- fused backward
+
+
+class FusedBackward:
+    """Each weight moves as soon as its gradient is there, which is then dropped: never two live at once.
+
+    LOMO, Lv et al. 2023 (arXiv:2306.09782), with a whole optimiser for each parameter. The length of the
+    whole gradient is not known in time, so `clip_norm` bounds each parameter's own gradient; 0 bounds
+    none. A gradient that is not finite moves nothing and is counted in `skipped`. The caller sets rates
+    before the backward pass, and never accumulates.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Parameter],
+        build: Callable[[str, Parameter], torch.optim.Optimizer],
+        clip_norm: float,
+    ) -> None:
+        self.optimizers = {name: build(name, param) for name, param in params.items()}
+        self._clip_norm = clip_norm
+        self.skipped = 0
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._mover(self.optimizers[name]))
+            for name, param in params.items()
+        ]
+
+    def remove(self) -> None:
+        """Let go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _mover(self, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        def move(param: Tensor) -> None:
+            norm = nn.utils.clip_grad_norm_([param], self._clip_norm or float("inf"))
+            if torch.isfinite(norm):
+                optimizer.step()
+            else:
+                self.skipped += 1
+            param.grad = None
+
+        return move
