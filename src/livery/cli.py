@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from livery.nouns import Evaluated, Event, LiveryError, Noun, Recipe
-from livery.screen import Screen, card, findings_table, nouns_table
-from livery.studio import Studio, read_recipe
+from livery.nouns import Evaluated, Event, LiveryError, Noun
+from livery.screen import Screen, card, findings_table, nouns_table, presets_table
+from livery.studio import Studio, choose_recipe
 
 EXIT_ERROR, EXIT_NOT_PASSED, EXIT_INTERRUPTED = 1, 3, 130
 
@@ -102,6 +102,7 @@ def train(
         Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")
     ] = None,
     data: Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")] = ...,  # pyright: ignore[reportArgumentType]
+    preset: Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")] = None,
     base: Annotated[
         str | None, typer.Option(help="starter, a diffusers folder, or a hub id; overrides the recipe.")
     ] = None,
@@ -114,8 +115,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train an Adapter on a Dataset. The same recipe on the same data goes on where it stopped."""
-    chosen = read_recipe(recipe) if recipe else Recipe()
-    chosen = chosen.model_copy(update={"base": base}) if base else chosen
+    chosen = choose_recipe(recipe, preset, base)
     _show(_studio(workspace, device, allow_network).train(chosen, data, resume=resume), as_json)
 
 
@@ -204,6 +204,23 @@ def demo(
 ) -> None:
     """The whole way in minutes: 40 OpenMoji pictures become a model that draws like them."""
     _show(_studio(workspace).demo(folder, quick=quick), as_json)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this one's file. [default: list all]")] = None,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes that ship, or print one: livery presets sdxl-lora > recipe.toml."""
+    found = _studio(workspace).presets(name)
+    if as_json:
+        for preset in found:
+            _print(preset, as_json)
+    elif name:
+        sys.stdout.write(found[0].text)
+    else:
+        Console().print(presets_table(found))
 
 
 @app.command()

@@ -25,6 +25,7 @@ from livery.nouns import Event, Noun
 
 if TYPE_CHECKING:
     from livery.doctor import Finding
+    from livery.presets import Preset
 
 STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -72,6 +73,10 @@ class Screen:
                 self._line(f"refused {escape(file)}: {escape(reason)}", "red")
             case nouns.Ingested(dataset=noun) | nouns.Trained(adapter=noun) | nouns.Evaluated(report=noun):
                 self._console.print(card(noun))
+            case nouns.Reduced():
+                self._console.print(reduced_table(event))
+            case nouns.Checked():
+                self._line(checked_line(event), "yellow" if event.unmatched else "")
             case nouns.Written(what=what, path=path):
                 self._line(f"{what}: [bold]{escape(path)}[/bold]")
             case nouns.Sample() | nouns.Saved() | nouns.Drawn():
@@ -109,7 +114,8 @@ def _rows(noun: Noun) -> Iterable[tuple[str, str]]:
             yield "notes", "; ".join(noun.notes)
         case nouns.Adapter(card=facts):
             yield "base", f"{facts.recipe.base} ({facts.family}, {facts.base_sha256[:12]})"
-            yield "dataset", facts.dataset[:12]
+            yield "dataset", (facts.dataset or "not known")[:12]
+            yield "origin", facts.origin
             yield "trigger", ", ".join(facts.trigger_words) or "none"
             yield "tuners", "; ".join(spec.summary for spec in facts.recipe.tuners)
             yield "steps", f"{facts.step} x {facts.recipe.batch_size * facts.recipe.accumulate} rows"
@@ -139,6 +145,31 @@ def _listed(values: set[str]) -> str:
     return ", ".join(sorted(values))
 
 
+def checked_line(event: nouns.Checked) -> str:
+    """What reading a file back found, in one line."""
+    strange = ", ".join(event.unmatched[:3]) + (", ..." if len(event.unmatched) > 3 else "")
+    return escape(
+        f"read back: {event.matched} tensors matched, {len(event.unmatched)} not"
+        + (f" ({strange})" if strange else "")
+        + f"; weights differ by {event.difference:.3g} at most, where they change by {event.largest:.3g}"
+    )
+
+
+def reduced_table(event: nouns.Reduced) -> Table:
+    """What a lower rank kept, the layer that lost most first."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column(f"kept at rank {event.rank}" if event.rank else "kept", justify="right")
+    for name, share in sorted(event.layers.items(), key=lambda row: row[1])[:10]:
+        table.add_row(escape(name), f"{share:.2%}")
+    if len(event.layers) > 10:
+        table.add_row(f"and {len(event.layers) - 10} layers that kept more", "")
+    if event.left_out:
+        table.add_row(f"left out: {len(event.left_out)} parameters, first {escape(event.left_out[0])}", "")
+    table.add_row(f"in total (relative error {(1 - event.kept) ** 0.5:.2%})", f"{event.kept:.2%}")
+    return table
+
+
 def nouns_table(found: Sequence[Noun]) -> Table:
     """Several nouns of one kind, one row each."""
     table = Table(box=None, pad_edge=False)
@@ -158,4 +189,14 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         table.add_row(
             finding.what, f"[{STYLES[finding.level]}]{escape(finding.found)}[/]", escape(finding.means)
         )
+    return table
+
+
+def presets_table(found: Sequence[Preset]) -> Table:
+    """Presets by name, and when to use each."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("preset", "when to use it"):
+        table.add_column(name, overflow="fold")
+    for preset in found:
+        table.add_row(preset.name, escape(preset.about))
     return table

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-import tomllib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from livery.nouns import (
     Suite,
     Trained,
     Written,
+    read_recipe,
     sha256_of,
     with_trigger,
 )
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from livery.evaluate.run import Tools
     from livery.generate.engine import Engine
     from livery.models.backbone import Backbone
+    from livery.presets import Preset
     from livery.store import Store
 
 DEMO_ALIAS = "demo"
@@ -209,7 +210,7 @@ class Studio:
         from livery.evaluate.suite import derive_suite, read_suite
 
         found = self.store.get(Adapter, adapter)
-        dataset = self.store.get(Dataset, found.card.dataset)
+        dataset = self._dataset_of(found)
         asked = read_suite(suite, self._put_picture) if suite else derive_suite(dataset)
         asked = evaluation.quick(asked) if quick else asked
         self.store.put(asked)
@@ -280,6 +281,12 @@ class Studio:
             yield event
             if isinstance(event, Evaluated):
                 yield from self.write_report(event.report.id, folder)
+
+    def presets(self, name: str | None = None) -> tuple[Preset, ...]:
+        """The recipes that ship, one per family and method, or the one of this name."""
+        from livery import presets
+
+        return tuple(presets.describe(each) for each in ([name] if name else presets.names()))
 
     def doctor(self) -> tuple[Finding, ...]:
         """What this machine has, and what follows for the user."""
@@ -379,18 +386,27 @@ class Studio:
         )
         return report.model_copy(update={"html": self.store.put_blob(page.encode())})
 
+    def _dataset_of(self, adapter: Adapter) -> Dataset:
+        if adapter.card.dataset is None:
+            raise LiveryError(
+                f"adapter {adapter.id[:12]} was not trained here ({adapter.card.origin}), so it has no dataset "
+                "to be compared with: evaluate an adapter that livery trained"
+            )
+        return self.store.get(Dataset, adapter.card.dataset)
+
     def _run_of(self, adapter: Adapter) -> Run | None:
         """The newest run that made this adapter."""
         return next((run for run in self.store.list(Run) if run.adapter == adapter.id), None)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """A recipe from TOML. Raises LiveryError naming the file and the key."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LiveryError(f"{path}: cannot be read as a recipe: {error}") from error
-    return Recipe.parse(values, str(path))
+def choose_recipe(path: Path | None, preset: str | None, base: str | None) -> Recipe:
+    """The recipe of a file or of a preset, or the default one; `base` overrides its base."""
+    from livery import presets
+
+    if path and preset:
+        raise LiveryError(f"{path} and preset '{preset}': name one of them, a run has one recipe")
+    chosen = read_recipe(path) if path else presets.read(preset) if preset else Recipe()
+    return chosen.model_copy(update={"base": base}) if base else chosen
 
 
 def slug(text: str) -> str:
