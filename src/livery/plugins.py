@@ -57,10 +57,14 @@ class BuiltIn:
     @hook
     def register_families(self, register: Register) -> None:
         register("sd1", "livery.models.sd1:SD1")
+        register("sdxl", "livery.models.sdxl:SDXL")
 
     @hook
     def register_tuners(self, register: Register) -> None:
-        register("lora", "livery.tuners.lowrank:LowRank")
+        for kind in ("lora", "loha", "lokr", "oft"):
+            register(kind, "livery.tuners.lowrank:LowRank")
+        register("full", "livery.tuners.full:Full")
+        register("tokens", "livery.tuners.tokens:Tokens")
 
 
 class Registry:

@@ -1,89 +1,128 @@
-"""LoRA: frozen weights plus a product of two small matrices, Hu et al. 2021 (arXiv:2106.09685), through peft.
+"""Low-rank updates of frozen layers, through peft: LoRA, DoRA, LoHa, LoKr and OFT.
 
-Each targeted layer W x becomes W x + (alpha / rank) B (A x), with A [rank, in] drawn at random and B
-[out, rank] zero, so that attaching changes nothing. Any family: it only reads `backbone.lora_targets`.
+Each targeted layer W (linear or convolution) acts as W', where at the start W' = W:
+
+- lora: W + s B A, with A [rank, in] random, B [out, rank] zero and s = alpha / rank; Hu et al. 2021
+  (arXiv:2106.09685). `rslora`: s = alpha / sqrt(rank); Kalajdzievski 2023 (arXiv:2312.03732).
+- lora with `dora`: m (W + s B A) / |W + s B A|, a learnt length m for each output; Liu et al. 2024
+  (arXiv:2402.09353).
+- loha: W + s (A1 B1) * (A2 B2), element by element; Hyeon-Woo et al. 2021 (arXiv:2108.06098).
+- lokr: W + s W1 (x) (A B), a Kronecker product; Yeh et al. 2023 (arXiv:2309.14859). The second factor is
+  whole, not A B, where the rank is at least half its side. s = alpha / rank.
+- oft: W R, with R a block-diagonal rotation, by Cayley's transform of a skew matrix; Qiu et al. 2023
+  (arXiv:2306.07280). `rank` is the blocks' side, or the nearest that divides the layer's inputs.
+
+Any family: it reads `backbone.lora_targets` and, for text encoders, `backbone.tower_targets`.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from functools import partial
+from typing import Any, Self
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from livery.models.backbone import Backbone
 from livery.nouns import LiveryError, LowRankSpec
+from livery.tuners.targets import compiled, nothing_matches, tower
 from livery.tuners.tuner import Part, check_state
 
-PART = "denoiser"
+DENOISER = "denoiser"
 ADAPTABLE = (nn.Linear, nn.Conv2d)
+NAME = "livery"  # peft's name for the adapter in its layer; each layer here holds one
+LEAVES: Mapping[str, str] = {"lora": "lora_", "loha": "hada_", "lokr": "lokr_", "oft": "oft_"}
+"""How the names of each kind's tensors begin, behind the layer's name."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Low-rank updates of the denoiser's layers; `targets` is matched against whole module names."""
+    """Low-rank updates of the layers that the spec names, or of exactly `layers`: part -> layer names."""
 
-    rank: int = 16
-    alpha: float | None = None
-    targets: str | None = None
-    touches: ClassVar[frozenset[Part]] = frozenset({PART})
+    spec: LowRankSpec = field(default_factory=LowRankSpec)
+    layers: Mapping[str, tuple[str, ...]] | None = None
+
+    @property
+    def touches(self) -> frozenset[Part]:
+        parts = [DENOISER, *self.spec.towers] if self.layers is None else list(self.layers)
+        return frozenset("denoiser" if part == DENOISER else "towers" for part in parts)
 
     @classmethod
     def build(cls, spec: LowRankSpec) -> Self:
-        return cls(spec.rank, spec.alpha, spec.targets)
+        return cls(spec)
 
     def aimed_at(self, state: Mapping[str, Tensor]) -> Self:
-        names = sorted(
-            {
-                key.removeprefix(f"{PART}.").rsplit(".lora_", 1)[0]
-                for key in state
-                if key.startswith(f"{PART}.")
-            }
-        )
-        return replace(self, targets=_exactly(names))
+        """Where the spec names targets, only layers that they match: two LoRAs may share a state."""
+        found: dict[str, dict[str, None]] = {}
+        for key in state:
+            name, leaf, _ = key.partition(f".{LEAVES[self.spec.kind]}")
+            part, _, layer = name.partition(".")
+            if leaf and layer and self._means(part, layer):
+                found.setdefault(part, {})[layer] = None
+        return replace(self, layers={part: tuple(names) for part, names in found.items()})
 
     def attach(self, backbone: Backbone, seed: int = 0) -> AttachedLowRank:
-        """Raises LiveryError when the targets match no layer that can be adapted."""
-        model = backbone.denoiser
-        names = _matching(model, self.targets or backbone.lora_targets)
-        name = _free_name(model)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
-            target_modules=_exactly(names),
-        )
-        with _gradient_flags_kept(model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are welcome
+        """Raises LiveryError when targets match no layer, or one that this kind cannot adapt."""
+        chosen = self._chosen(backbone)
+        _check_patterns(self.spec, chosen)
+        made: dict[str, Mapping[str, BaseTunerLayer]] = {}
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, model, name)
-        _use_all(model)
-        return AttachedLowRank(model, name, {each: _lora(model, each) for each in names})
+            for part, names in chosen.items():
+                made[part] = _wrapped(self.spec, part, backbone.modules()[part], names)
+        return AttachedLowRank(self.spec, backbone, made)
+
+    def _chosen(self, backbone: Backbone) -> dict[str, list[str]]:
+        """Names of the layers to adapt, by part."""
+        if self.layers is not None:
+            return self._listed(backbone)
+        chosen = {DENOISER: _matching(backbone.denoiser, self.spec.targets or backbone.lora_targets)}
+        for name in self.spec.towers:
+            chosen[name] = _matching(tower(backbone, name), backbone.tower_targets)
+        return chosen
+
+    def _listed(self, backbone: Backbone) -> dict[str, list[str]]:
+        """Those of `layers` that this base has; `load` reports the others."""
+        chosen: dict[str, list[str]] = {}
+        for part, names in (self.layers or {}).items():
+            there = set(_adaptable(backbone.modules()[part])) if part in backbone.modules() else set()
+            if here := [name for name in names if name in there]:
+                chosen[part] = here
+        if not chosen:
+            raise LiveryError(
+                f"the adapter has no tensors of kind '{self.spec.kind}' for a layer of this base: it is of "
+                "another kind, or made for another base"
+            )
+        return chosen
+
+    def _means(self, part: str, layer: str) -> bool:
+        if part != DENOISER or self.spec.targets is None:
+            return True
+        return compiled(self.spec.targets).fullmatch(layer) is not None
 
 
-@dataclass
 class AttachedLowRank:
-    """A LoRA at work. Several may be attached to one model, and undone in any order."""
+    """Low-rank updates at work. Several may be attached to one backbone, and undone in any order."""
 
-    model: nn.Module
-    name: str
-    layers: dict[str, LoraLayer]
-    params: dict[str, Parameter] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.params = {
-            f"{PART}.{module}.{side}.weight": getattr(layer, side)[self.name].weight
-            for module, layer in self.layers.items()
-            for side in ("lora_A", "lora_B")
+    def __init__(
+        self, spec: LowRankSpec, backbone: Backbone, made: Mapping[str, Mapping[str, BaseTunerLayer]]
+    ) -> None:
+        self._spec, self._backbone, self._made = spec, backbone, dict(made)
+        self._hooks: list[Any] = []
+        self.params: dict[str, Parameter] = {
+            f"{part}.{layer}.{leaf}": param
+            for part, layers in self._made.items()
+            for layer, module in layers.items()
+            for leaf, param in _own(module)
         }
+        self.train(False)
 
     def state(self) -> dict[str, Tensor]:
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.params.items()}
@@ -94,79 +133,148 @@ class AttachedLowRank:
         for name, param in self.params.items():
             param.copy_(state[name])
 
+    def train(self, mode: bool = True) -> None:
+        for layer in self._layers():
+            layer.training = mode
+            for name, child in layer.named_children():
+                if name != "base_layer":  # that may hold another tuner's layer
+                    child.train(mode)
+
     def scale(self, strength: float) -> None:
-        for layer in self.layers.values():
-            layer.set_scale(self.name, strength)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        linear = self._spec.kind != "oft" and not self._spec.dora
+        for layer in self._layers():
+            with _gradient_flags_kept(layer):  # peft freezes what it switches off
+                layer.enable_adapters(strength != 0)
+            if linear:
+                layer.set_scale(NAME, strength)
+            elif strength not in (0, 1):
+                hook = partial(_between, strength)
+                self._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
 
     def rate(self, name: str) -> float | None:
-        return None
+        return self._spec.towers.get(name.partition(".")[0], self._spec.learning_rate)
 
     def after_step(self) -> None:
         pass
 
     def undo(self) -> None:
-        for name, layer in self.layers.items():
-            layer.delete_adapter(self.name)
-            if not layer.lora_A:
-                self.model.set_submodule(name, layer.get_base_layer())
-        configs: dict[str, Any] = getattr(self.model, "peft_config", {})
-        configs.pop(self.name, None)
-        if not configs and hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-        self.layers = {}
-        self.params = {}
+        for part, layers in self._made.items():
+            for name, layer in layers.items():
+                _take_out(self._backbone.modules()[part], name, layer)
+        self._made, self.params, self._hooks = {}, {}, []
+
+    def _layers(self) -> Iterator[Any]:
+        for layers in self._made.values():
+            yield from layers.values()
 
 
-def _exactly(names: Iterable[str]) -> str:
-    """A regular expression that matches these names and no other; peft takes text as one."""
-    return "|".join(re.escape(name) for name in names)
+# ------------------------------------------------------------------ peft's layers
 
 
-def _matching(model: nn.Module, regex: str) -> list[str]:
-    """Names of the adaptable layers that the expression matches as a whole. Raises LiveryError for none."""
-    try:
-        pattern = re.compile(regex)
-    except re.error as error:
-        raise LiveryError(f"targets: {regex!r} is not a regular expression: {error}") from None
-    layers = list(_adaptable(model))
-    names = [name for name in layers if pattern.fullmatch(name)]
-    if not names:
-        some = ", ".join(layers[:: max(1, len(layers) // 4)][:5])
-        raise LiveryError(
-            f"targets: {regex!r} matches no layer; it must match whole names, and there are {some} ..."
+def _wrapped(
+    spec: LowRankSpec, part: str, model: nn.Module, names: Sequence[str]
+) -> dict[str, BaseTunerLayer]:
+    """Put a peft layer around each named layer and return them.
+
+    peft would join a second adapter of a kind to the first one's layer, and leave its configuration on the
+    model. Made in a list of the bare layers instead, each adapter has layers of its own: whatever stands
+    there already goes inside, and taking out is unlinking.
+    """
+    groups: dict[tuple[int, float], list[str]] = {}
+    for name in names:
+        groups.setdefault(_rank_and_alpha(spec, part, name), []).append(name)
+    made: dict[str, BaseTunerLayer] = {}
+    for (rank, alpha), members in groups.items():
+        outer = {name: model.get_submodule(name) for name in members}
+        bare = nn.ModuleList(_bare(layer) for layer in outer.values())
+        _check_kernels(spec, bare, members)
+        with _gradient_flags_kept(bare), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Invalid `oft_block_size`")  # it takes the nearest divisor
+            inject_adapter_in_model(_config(spec, rank, alpha), bare, NAME)
+        for name, layer in zip(members, bare, strict=True):
+            assert isinstance(layer, BaseTunerLayer)
+            _keep_fp32(layer)
+            layer.base_layer = outer[name]
+            model.set_submodule(name, layer)
+            made[name] = layer
+    return {name: made[name] for name in names}
+
+
+def _config(spec: LowRankSpec, rank: int, alpha: float) -> PeftConfig:
+    everything: dict[str, Any] = {"target_modules": r"\d+"}  # all of the list
+    make: Mapping[str, Callable[[], PeftConfig]] = {
+        "lora": lambda: LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=spec.dropout,
+            use_rslora=spec.rslora,
+            use_dora=spec.dora,
+            **everything,
+        ),
+        "loha": lambda: LoHaConfig(r=rank, alpha=alpha, rank_dropout=spec.dropout, **everything),  # type: ignore[arg-type]
+        "lokr": lambda: LoKrConfig(
+            r=rank,
+            alpha=alpha,  # type: ignore[arg-type]
+            rank_dropout=spec.dropout,
+            decompose_factor=spec.factor or -1,
+            **everything,
+        ),
+        "oft": lambda: OFTConfig(oft_block_size=rank, module_dropout=spec.dropout, **everything),
+    }
+    return make[spec.kind]()
+
+
+def _keep_fp32(layer: Any) -> None:
+    """What learns is float32 on any base: peft takes the base's own bf16, in which small steps are lost."""
+    for _, param in _own(layer):
+        param.data = param.data.float()
+    if NAME in getattr(layer, "lora_magnitude_vector", {}):
+        vector = layer.lora_magnitude_vector[NAME]
+        # DoRA's lengths are measured now and in each forward pass: in one precision, else W' would not be W.
+        vector.get_weight_norm = partial(_norm_in_fp32, vector.get_weight_norm)
+        vector.update_layer(
+            base_layer=layer.get_base_layer(),
+            lora_A=layer.lora_A[NAME].weight,
+            lora_B=layer.lora_B[NAME].weight,
+            scaling=layer.scaling[NAME],
         )
-    return names
 
 
-def _adaptable(model: nn.Module) -> Iterator[str]:
-    """Names of linear and convolution layers; one that already has a LoRA counts, its insides do not."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, LoraLayer):
-            inside = (*inside, f"{name}.")
-            yield name
-        elif isinstance(module, ADAPTABLE):
-            yield name
+def _norm_in_fp32(
+    norm: Callable[..., Tensor], weight: Tensor, lora_weight: Tensor, scaling: float, **rest: Any
+) -> Tensor:
+    return norm(weight=weight.float(), lora_weight=lora_weight.float(), scaling=scaling, **rest)
 
 
-def _lora(model: nn.Module, name: str) -> LoraLayer:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, LoraLayer)
-    return layer
+def _own(layer: Any) -> Iterator[tuple[str, Parameter]]:
+    """The adapter's parameters in a peft layer, without peft's name for the adapter."""
+    for name, param in layer.named_parameters():
+        if not name.startswith("base_layer."):
+            yield ".".join(word for word in name.split(".") if word != NAME), param
 
 
-def _free_name(model: nn.Module) -> str:
-    taken = getattr(model, "peft_config", {})
-    return next(name for number in itertools.count() if (name := f"livery{number}") not in taken)
+def _bare(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
-def _use_all(model: nn.Module) -> None:
-    """peft leaves only the newest adapter active: here every attached one acts."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.set_adapter(list(module.lora_A))
+def _take_out(model: nn.Module, name: str, layer: Any) -> None:
+    """Unlink a layer from those around its place, wherever in the row it stands."""
+    outer: Any = model.get_submodule(name)
+    if outer is layer:
+        model.set_submodule(name, layer.base_layer)
+        return
+    while outer.base_layer is not layer:
+        outer = outer.base_layer
+    outer.base_layer = layer.base_layer
+
+
+def _between(strength: float, layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    """A forward hook: W x + strength (W' x - W x), for kinds in which W' is no sum that peft could scale."""
+    base = layer.base_layer(*args, **kwargs)
+    return base + strength * (output - base)
 
 
 @contextmanager
@@ -176,3 +284,64 @@ def _gradient_flags_kept(model: nn.Module) -> Iterator[None]:
     yield
     for param, flag in flags:
         param.requires_grad_(flag)
+
+
+# ------------------------------------------------------------------ which layers, which rank
+
+
+def _matching(model: nn.Module, regex: str) -> list[str]:
+    """Names of the adaptable layers that the expression matches as a whole. Raises LiveryError for none."""
+    pattern, layers = compiled(regex), list(_adaptable(model))
+    names = [name for name in layers if pattern.fullmatch(name)]
+    if not names:
+        raise nothing_matches("targets", regex, "layer", layers)
+    return names
+
+
+def _adaptable(model: nn.Module) -> Iterator[str]:
+    """Names of linear and convolution layers; one that has an adapter counts, its insides do not."""
+    inside = ""
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = f"{name}."
+            yield name
+        elif isinstance(module, ADAPTABLE):
+            yield name
+
+
+def _rank_and_alpha(spec: LowRankSpec, part: str, layer: str) -> tuple[int, float]:
+    """Of one layer: the first pattern that matches it, else the spec's; alpha is the rank unless given."""
+    rank = _first(spec.ranks, part, layer, "ranks") or spec.rank
+    alpha = _first(spec.alphas, part, layer, "alphas") or spec.alpha
+    return int(rank), float(rank if alpha is None else alpha)
+
+
+def _first(patterns: Mapping[str, float], part: str, layer: str, key: str) -> float | None:
+    return next((value for regex, value in patterns.items() if _hits(regex, part, layer, key)), None)
+
+
+def _hits(regex: str, part: str, layer: str, key: str) -> bool:
+    """Patterns match a layer's name within its part, or with the part before it."""
+    pattern = compiled(regex, key)
+    return any(pattern.fullmatch(name) for name in (layer, f"{part}.{layer}"))
+
+
+def _check_patterns(spec: LowRankSpec, chosen: Mapping[str, Sequence[str]]) -> None:
+    """Raises LiveryError for a pattern in `ranks` or `alphas` that matches none of the adapted layers."""
+    layers = [(part, name) for part, names in chosen.items() for name in names]
+    for key, patterns in {"ranks": spec.ranks, "alphas": spec.alphas}.items():
+        for regex in patterns:
+            if not any(_hits(regex, part, layer, key) for part, layer in layers):
+                raise nothing_matches(key, regex, "adapted layer", [layer for _, layer in layers])
+
+
+def _check_kernels(spec: LowRankSpec, layers: nn.ModuleList, names: Sequence[str]) -> None:
+    """peft's OFT turns overlapping patches of a wider kernel and adds them up, which changes the base."""
+    for layer, name in zip(layers, names, strict=True):
+        if spec.kind == "oft" and isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+            raise LiveryError(
+                f"targets: kind 'oft' turns linear layers and 1x1 convolutions, and {name} is a "
+                f"{layer.kernel_size[0]}x{layer.kernel_size[1]} one: leave it out, or take another kind"
+            )

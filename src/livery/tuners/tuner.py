@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -24,15 +24,30 @@ class Attached(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of what was learnt: float32, on the CPU, by part and module: "denoiser.x.lora_A.weight"."""
+        """A copy of what was learnt: float32, on the CPU, by part and module: "denoiser.x.lora_A.weight".
+
+        At any strength: `scale` does not change it.
+        """
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave. LiveryError when names or shapes are others; then nothing changed."""
         ...
 
+    def train(self, mode: bool = True) -> None:
+        """Let dropout act, or not. Attached it does not: call with True around steps, with False to look.
+
+        Dropout draws from torch's own generator: seed that for each step (inside `torch.random.fork_rng`)
+        and a resumed run repeats it. Nothing of the base changes its mode.
+        """
+        ...
+
     def scale(self, strength: float) -> None:
-        """How strongly the change acts: 0 is the base, 1 (at the start) is what was learnt."""
+        """How strongly the change acts: 0 is the base, bit for bit; 1 (at the start) is what was learnt.
+
+        Between and beyond, the changed weights W' count as W + strength (W' - W). For drawing: a tuner trains
+        at strength 1.
+        """
         ...
 
     def rate(self, name: str) -> float | None:
@@ -51,8 +66,10 @@ class Attached(Protocol):
 class Tuner(Protocol):
     """One way to change a base model."""
 
-    touches: ClassVar[frozenset[Part]]
-    """What it changes: prompt encodings may be cached only while no tuner touches the towers."""
+    @property
+    def touches(self) -> frozenset[Part]:
+        """What it changes: prompt encodings may be cached only while no tuner touches the towers."""
+        ...
 
     @classmethod
     def build(cls, spec: Any) -> Self:
@@ -60,7 +77,10 @@ class Tuner(Protocol):
         ...
 
     def aimed_at(self, state: Mapping[str, Tensor]) -> Self:
-        """The same tuner, for exactly the modules that this state names, whatever the default is today."""
+        """The same tuner, for exactly what this state names, whatever the default is today.
+
+        Of a state that several tuners wrote, each takes the names that are of its sort.
+        """
         ...
 
     def attach(self, backbone: Backbone, seed: int = 0) -> Attached:
@@ -73,15 +93,79 @@ def build(spec: TunerSpec) -> Tuner:
     return plugins.tuners()[spec.kind].build(spec)
 
 
-def attach_all(tuners: Sequence[Tuner], backbone: Backbone, seed: int = 0) -> Attached:
-    """Attach a recipe's tuners and return them as one.
+def touched(tuners: Iterable[Tuner]) -> frozenset[Part]:
+    """What these tuners change together."""
+    return frozenset(part for tuner in tuners for part in tuner.touches)
 
-    One is what there is today; tuners that act together (tokens with LoRA) will be joined here. Raises
-    LiveryError for none or several.
+
+def attach_all(tuners: Sequence[Tuner], backbone: Backbone, seed: int = 0) -> Attached:
+    """Attach a recipe's tuners, in its order, and return them as one: (tokens, lora) is pivotal tuning.
+
+    Raises LiveryError for none, and when two of them learn the same thing; then nothing is attached.
     """
-    if len(tuners) != 1:
-        raise LiveryError(f"recipe: tuners: {len(tuners)} are named, a run takes exactly one")
-    return tuners[0].attach(backbone, seed)
+    if not tuners:
+        raise LiveryError("recipe: tuners: none is named; name at least one, such as {kind = 'lora'}")
+    parts: list[Attached] = []
+    try:
+        for number, tuner in enumerate(tuners):
+            parts.append(tuner.attach(backbone, seed + number))
+            _refuse_sharing(parts)
+    except LiveryError:
+        for part in reversed(parts):
+            part.undo()
+        raise
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+class Joined:
+    """Several attached tuners that act, learn, are saved and leave as one."""
+
+    def __init__(self, parts: Sequence[Attached]) -> None:
+        self._parts = list(parts)
+
+    @property
+    def params(self) -> Mapping[str, Parameter]:
+        return {name: param for part in self._parts for name, param in part.params.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor for part in self._parts for name, tensor in part.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        check_state(self.params, state)
+        for part in self._parts:
+            part.load({name: state[name] for name in part.params})
+
+    def train(self, mode: bool = True) -> None:
+        for part in self._parts:
+            part.train(mode)
+
+    def scale(self, strength: float) -> None:
+        for part in self._parts:
+            part.scale(strength)
+
+    def rate(self, name: str) -> float | None:
+        return next((part.rate(name) for part in self._parts if name in part.params), None)
+
+    def after_step(self) -> None:
+        for part in self._parts:
+            part.after_step()
+
+    def undo(self) -> None:
+        for part in reversed(self._parts):
+            part.undo()
+        self._parts = []
+
+
+def _refuse_sharing(parts: Sequence[Attached]) -> None:
+    """Raises LiveryError when the last one learns under a name, or a parameter, that another has."""
+    *before, last = parts
+    names = {name for part in before for name in part.params}
+    owners = {id(param) for part in before for param in part.params.values()}
+    for name, param in last.params.items():
+        if name in names or id(param) in owners:
+            raise LiveryError(
+                f"recipe: tuners: two of them learn {name}: give each its own targets, or keep one of them"
+            )
 
 
 def check_state(params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
