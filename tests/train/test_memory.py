@@ -121,8 +121,9 @@ def test_where_plain_weights_can_wait_elsewhere_they_come_back_bit_for_bit(base:
     assert same(weights(base), before)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointing_gives_the_same_gradients_and_keeps_fewer_activations(
-    base: Backbone, attached: Attached
+    base: Backbone, attached: Attached, precision: Any
 ):
     def kept(work: Callable[[], Any]) -> tuple[int, Any]:
         sizes: list[int] = []
@@ -130,10 +131,10 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_fewer_activations(
             result = work()
         return sum(sizes), result
 
-    plain, (loss, exact) = kept(lambda: step(base, attached))
+    plain, (loss, exact) = kept(lambda: step(base, attached, precision))
     with applied(base, plan(checkpointing=True)):
         assert any(getattr(m, "gradient_checkpointing", False) for m in base.denoiser.modules())
-        less, (same_loss, gradients) = kept(lambda: step(base, attached))
+        less, (same_loss, gradients) = kept(lambda: step(base, attached, precision))
     assert not any(getattr(m, "gradient_checkpointing", False) for m in base.denoiser.modules())
     assert same_loss == loss
     assert same(gradients, exact)

@@ -13,12 +13,21 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from livery.models.backbone import Backbone
 from livery.nouns import MemorySpec, sha256_of
 from livery.train.stored import Storage, stored
 
 HOST = torch.device("cpu")
+ATTENTION: Mapping[SDPBackend, Callable[[], bool]] = {
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}
+"""Whether each kind may be used at the moment; the CPU asks the same flags."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -90,16 +99,17 @@ def _checkpointed(part: nn.Module) -> Generator[None]:
     """Gradient checkpointing of diffusers' and transformers' blocks, Chen et al. 2016 (arXiv:1604.06174)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    each: Any = part
     flags = [(m, m.gradient_checkpointing) for m in part.modules() if hasattr(m, "gradient_checkpointing")]
     modes = [(m, m.training) for m in part.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if hasattr(each, "enable_gradient_checkpointing"):
-        each.enable_gradient_checkpointing()
+    each: Any = part
+    if hasattr(part, "enable_gradient_checkpointing"):
+        each.enable_gradient_checkpointing(recomputed)
     else:
-        each.activation_checkpointing_enable({"use_reentrant": False})
+        each.activation_checkpointing_enable()
         for layer, _ in modes:
             # transformers looks at this flag of the layer itself; what is inside stays without dropout.
             layer.training = True
+            cast(Any, layer)._gradient_checkpointing_func = recomputed
     try:
         yield
     finally:
@@ -107,6 +117,17 @@ def _checkpointed(part: nn.Module) -> Generator[None]:
             cast(Any, module).gradient_checkpointing = flag
         for layer, mode in modes:
             layer.training = mode
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """The function's result; the backward pass computes it again, with the attention that is chosen now."""
+    kinds = [kind for kind, enabled in ATTENTION.items() if enabled()]
+
+    def call(*again: Any) -> Any:
+        with sdpa_kernel(kinds):
+            return function(*again)
+
+    return checkpoint(call, *inputs, use_reentrant=False)
 
 
 # ---------------------------------------------------------------------------- compiled blocks
