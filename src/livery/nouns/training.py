@@ -58,6 +58,7 @@ class Validation(Noun):
     step: NonNegativeInt
     loss: float = Field(description="over the held-out photos")
     train: float | None = Field(default=None, description="over as many training photos, on the same grid")
+    score: float | None = Field(default=None, description="by a given judge; higher is better")
 
 
 class Sample(Noun):
