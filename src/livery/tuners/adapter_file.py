@@ -1,8 +1,8 @@
 """Adapters as files: one safetensors file that holds the tensors, and the card that says what they are.
 
-Tensors are named as diffusers and PEFT name them, and the header has what diffusers reads (rank and alpha,
-under `lora_adapter_metadata`: its format has no per-layer alpha). So the file is also a plain diffusers LoRA.
-The same tensors and card always give the same bytes.
+Tensors of every kind are named as in `Attached.state()`, with diffusers' words for the parts. A LoRA's
+header also has what diffusers reads (rank and alpha, under `lora_adapter_metadata`), so its file is a plain
+diffusers LoRA too. The same tensors and card always give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,37 +11,30 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from livery.files import write_bytes
 from livery.models.backbone import Backbone
-from livery.nouns import Adapter, AdapterCard, LiveryError, LowRankSpec
+from livery.nouns import Adapter, AdapterCard, LiveryError
+from livery.tuners import tensor_file
+from livery.tuners.delta import layers
+from livery.tuners.formats.diffusers_lora import METADATA, lora_metadata
+from livery.tuners.formats.names import DIFFUSERS_PARTS, part_names
 from livery.tuners.tuner import Attached, attach_all, build
 
 CARD = "livery"
-DIFFUSERS = "lora_adapter_metadata"
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save writes a zip of pickles; older files are bare pickles
-
-DIFFUSERS_PARTS: Mapping[str, Mapping[str, str]] = {
-    "sd1": {"denoiser": "unet", "text_encoder": "text_encoder"},
-}
-"""What diffusers calls a family's parts: the first word of each tensor's name."""
 
 
 def adapter_bytes(card: AdapterCard, state: Mapping[str, Tensor]) -> bytes:
     """The file's content. `state` is what `Attached.state()` gave."""
-    parts = _parts(card.family)
-    tensors = {_renamed(name, parts): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    metadata = {
-        "format": "pt",
-        CARD: card.model_dump_json(),
-        DIFFUSERS: json.dumps(_for_diffusers(card, tensors), sort_keys=True),
-    }
-    return _in_order(safetensors.torch.save(dict(sorted(tensors.items())), metadata))
+    parts = part_names(DIFFUSERS_PARTS, card.family)
+    tensors = {_renamed(name, parts): tensor for name, tensor in state.items()}
+    metadata = {"format": "pt", CARD: card.model_dump_json()}
+    found = layers(card.recipe.tuners, state)
+    if found and all(layer.kind == "lora" for layer in found.values()):
+        metadata[METADATA] = json.dumps(lora_metadata(found, card.family), sort_keys=True)
+    return tensor_file.to_bytes(tensors, metadata)
 
 
 def write_adapter(path: Path, card: AdapterCard, state: Mapping[str, Tensor]) -> Adapter:
@@ -54,22 +47,19 @@ def write_adapter(path: Path, card: AdapterCard, state: Mapping[str, Tensor]) ->
 def read_adapter(path: Path) -> tuple[Adapter, dict[str, Tensor]]:
     """The adapter and its tensors, named as `Attached.load` takes them.
 
-    Raises LiveryError when the file is missing, a pickle, damaged, or a LoRA without livery's card.
+    Raises LiveryError when the file is missing, a pickle, damaged, or an adapter without livery's card.
     """
-    content = _content(path)
-    card = _card(path, _metadata(path, content))
-    names = {theirs: ours for ours, theirs in _parts(card.family).items()}
-    try:
-        tensors = safetensors.torch.load(content)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise LiveryError(f"{path}: damaged ({error}); get the file again") from None
+    content = tensor_file.content_of(path)
+    card = _card(path, tensor_file.metadata_of(path, content))
+    names = {theirs: ours for ours, theirs in part_names(DIFFUSERS_PARTS, card.family).items()}
+    tensors = tensor_file.tensors_of(path, content)
     state = {_renamed(name, names, f"{path}: "): tensor for name, tensor in tensors.items()}
     return Adapter(sha256=hashlib.sha256(content).hexdigest(), card=card), state
 
 
 def read_card(path: Path) -> AdapterCard:
     """Only the card. Raises LiveryError as `read_adapter` does."""
-    return _card(path, _metadata(path, _content(path)))
+    return _card(path, tensor_file.metadata_of(path, tensor_file.content_of(path)))
 
 
 def attach_adapter(backbone: Backbone, path: Path, *, any_base: bool = False) -> Attached:
@@ -91,8 +81,10 @@ def attach_state(
 ) -> Attached:
     """Attach what `read_adapter` read; `where` leads the errors. Frozen: for drawing, not for training on."""
     _check_base(backbone, card, any_base, where)
-    tuners = [build(spec).aimed_at(state) for spec in card.recipe.tuners]
-    attached = attach_all(tuners, backbone)
+    try:
+        attached = attach_all([build(spec).aimed_at(state) for spec in card.recipe.tuners], backbone)
+    except LiveryError as error:
+        raise LiveryError(f"{where}: {error}") from None
     try:
         attached.load(state)
     except LiveryError as error:
@@ -116,15 +108,6 @@ def _check_base(backbone: Backbone, card: AdapterCard, any_base: bool, where: st
         )
 
 
-# ------------------------------------------------------------------ names
-
-
-def _parts(family: str) -> Mapping[str, str]:
-    if family not in DIFFUSERS_PARTS:
-        raise LiveryError(f"adapters of the family '{family}' have no file format yet")
-    return DIFFUSERS_PARTS[family]
-
-
 def _renamed(name: str, parts: Mapping[str, str], where: str = "") -> str:
     part, _, rest = name.partition(".")
     if part not in parts:
@@ -134,70 +117,11 @@ def _renamed(name: str, parts: Mapping[str, str], where: str = "") -> str:
     return f"{parts[part]}.{rest}"
 
 
-def _for_diffusers(card: AdapterCard, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Keywords of peft's LoraConfig for each part that the file touches."""
-    targets: dict[str, set[str]] = {}
-    for name in tensors:
-        part, _, rest = name.partition(".")
-        targets.setdefault(part, set()).add(rest.rsplit(".lora_", 1)[0])
-    spec = card.recipe.tuners[0]
-    assert isinstance(spec, LowRankSpec)
-    alpha = spec.rank if spec.alpha is None else spec.alpha
-    return {
-        f"{part}.{key}": value
-        for part, names in targets.items()
-        for key, value in {"r": spec.rank, "lora_alpha": alpha, "target_modules": sorted(names)}.items()
-    }
-
-
-# ------------------------------------------------------------------ bytes
-
-
-def _in_order(content: bytes) -> bytes:
-    """The same file with its header's keys sorted: the library writes metadata in a random order.
-
-    Tensors lie by offsets from the header's end, so the header may be written anew: 8 bytes of length, JSON,
-    spaces up to a multiple of 8.
-    """
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
-
-
-def _content(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LiveryError(f"{path}: cannot be read ({error.strerror}); give an adapter file") from None
-    if content.startswith(PICKLE_STARTS) and not _plausible(content):
-        raise LiveryError(
-            f"{path}: a pickle, which can run code when read; livery takes adapters as safetensors only"
-        )
-    return content
-
-
-def _plausible(content: bytes) -> bool:
-    """Whether it begins as a safetensors file does: a length that fits, then a JSON object."""
-    size = int.from_bytes(content[:8], "little")
-    return 8 + size <= len(content) and content[8:9] == b"{"
-
-
-def _metadata(path: Path, content: bytes) -> dict[str, str]:
-    try:
-        if not _plausible(content):
-            raise ValueError("not a safetensors header")
-        size = int.from_bytes(content[:8], "little")
-        return json.loads(content[8 : 8 + size]).get("__metadata__", {})
-    except ValueError as error:
-        raise LiveryError(f"{path}: not a safetensors file, or damaged ({error}); get it again") from None
-
-
 def _card(path: Path, metadata: Mapping[str, str]) -> AdapterCard:
     if CARD not in metadata:
         raise LiveryError(
             f"{path}: has no livery card, so it is a plain LoRA or another kind of weights; its base and "
-            "recipe are not known; use an adapter that livery trained"
+            "recipe are not known; bring it in with `livery import`, which asks for its base"
         )
     try:
         card = json.loads(metadata[CARD])

@@ -4,7 +4,7 @@ An adapter's state is read as one `Layer` for each layer it changes; `delta` is 
 layer's weight as one dense matrix. LoRA: Hu et al. 2021 (arXiv:2106.09685), section 4.1. rsLoRA:
 Kalajdzievski 2023 (arXiv:2312.03732). DoRA: Liu et al. 2024 (arXiv:2402.09353), section 4.1. LoHa: Hyeon-Woo
 et al. 2022 (arXiv:2108.06098), proposition 2. LoKr: Edalati et al. 2022 (arXiv:2212.10650). OFT: Qiu et al.
-2023 (arXiv:2306.07280), with the Cayley transform as peft approximates it.
+2023 (arXiv:2306.07280), with the exact Cayley transform.
 """
 
 from __future__ import annotations
@@ -120,9 +120,8 @@ def _scaled(name: str, layer: Layer, tuners: Sequence[TunerSpec]) -> Layer:
     if layer.kind in ("full", "oft"):
         return layer
     spec = _spec(name, layer.kind, tuners)
-    inside = name.partition(".")[2]
-    rank = layer.rank or _setting(spec.ranks, inside, spec.rank) or spec.rank
-    alpha = _setting(spec.alphas, inside, spec.alpha)
+    rank = layer.rank or _setting(spec.ranks, name, spec.rank) or spec.rank
+    alpha = _setting(spec.alphas, name, spec.alpha)
     if alpha is None:
         alpha = rank
     return Layer(layer.kind, layer.leaves, alpha / math.sqrt(rank) if spec.rslora else alpha / rank)
@@ -141,7 +140,10 @@ def _spec(name: str, kind: str, tuners: Sequence[TunerSpec]) -> LowRankSpec:
 
 
 def _setting(patterns: Mapping[str, float], name: str, default: float | None) -> float | None:
-    return next((value for regex, value in patterns.items() if re.fullmatch(regex, name)), default)
+    """The first pattern that matches a layer's name, within its part or with it, decides."""
+    names = (name, name.partition(".")[2])
+    fitting = (v for regex, v in patterns.items() if any(re.fullmatch(regex, each) for each in names))
+    return next(fitting, default)
 
 
 # ------------------------------------------------------------------ deltas
@@ -150,7 +152,7 @@ def _setting(patterns: Mapping[str, float], name: str, default: float | None) ->
 def base_weights(backbone: Backbone) -> dict[str, Tensor]:
     """The base's own parameters by "<part>.<name>": no copies, also while low-rank tuners are attached."""
     return {
-        f"{part}.{name.replace('.base_layer.', '.')}": tensor
+        f"{part}.{name.replace('.base_layer', '')}": tensor
         for part, module in backbone.modules().items()
         for name, tensor in module.state_dict().items()
         if not any(f".{leaf}." in name or name.endswith(f".{leaf}") for leaf in _STEMS)
@@ -245,14 +247,14 @@ def _pair(leaves: Mapping[str, Tensor], stem: str, core: str) -> Tensor:
 
 
 def _oft(packed: Tensor, base: Tensor) -> Tensor:
-    """Inputs turned block by block: W R^T - W, R the Cayley transform of a skew matrix, to its 4th power."""
+    """Inputs turned block by block: W R^T - W, with R = (I - Q)(I + Q)^-1, Cayley's transform of a skew Q."""
     size = round((1 + math.sqrt(1 + 8 * packed.shape[1])) / 2)
     rows, columns = torch.triu_indices(size, size, 1)
     skew = torch.zeros(packed.shape[0], size, size, device=packed.device)
     skew[:, rows, columns] = packed
     skew = skew - skew.transpose(1, 2)
-    square = skew @ skew
-    turn = torch.eye(size, device=packed.device) + 2 * skew + 2 * square + 2 * square @ skew + square @ square
+    one = torch.eye(size, device=packed.device).expand_as(skew)
+    turn = torch.linalg.solve(one + skew, one - skew, left=False)
     flat = base.flatten(1)
     blocks = flat.reshape(flat.shape[0], -1, size)
     turned = torch.einsum("onk,nck->onc", blocks, turn.expand(blocks.shape[1], -1, -1))

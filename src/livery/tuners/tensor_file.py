@@ -1,4 +1,4 @@
-"""safetensors files of any maker: read without running anything, written so that equal content is equal bytes."""
+"""safetensors files of any maker: read without running anything; equal content is written as equal bytes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""Adapters that were not trained here: their recipe, as far as the tensors tell it, and their card."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+import livery
+from livery.models.backbone import Backbone
+from livery.nouns import AdapterCard, LowRankSpec, Recipe, TokensSpec, TunerSpec
+from livery.tuners.delta import Layer
+from livery.tuners.formats.diffusers_lora import neat
+
+Words = Mapping[tuple[str, str], Tensor]
+
+
+def derived_card(
+    found: Mapping[str, Layer],
+    words: Words,
+    backbone: Backbone,
+    *,
+    base: str,
+    origin: str,
+    like: AdapterCard | None = None,
+    trigger: str = "",
+) -> AdapterCard:
+    """A card that says how the adapter came about; its recipe tells the tuners, and nothing of a training.
+
+    `like` is the adapter that it was made from: trigger words, licences and credits go with it.
+    """
+    trigger = like.recipe.trigger if like else trigger
+    return AdapterCard(
+        recipe=Recipe(base=base, family=backbone.family, tuners=specs(found, words), trigger=trigger),
+        family=backbone.family,
+        base_sha256=backbone.sha256,
+        dataset=like.dataset if like else None,
+        origin=origin,
+        trigger_words=like.trigger_words if like else ((trigger,) if trigger else ()),
+        licences=like.licences if like else (),
+        attributions=like.attributions if like else (),
+        livery_version=livery.__version__,
+        step=0,
+    )
+
+
+def specs(found: Mapping[str, Layer], words: Words) -> tuple[TunerSpec, ...]:
+    """Tuners that attach exactly these tensors with exactly these scales."""
+    kinds = dict.fromkeys(layer.kind for layer in found.values())
+    tuners: list[TunerSpec] = []
+    if words:
+        tuners.append(_tokens(words))
+    for kind in kinds:
+        mine = {name: layer for name, layer in found.items() if layer.kind == kind}
+        tuners.append(_low_rank(mine))
+    return tuple(tuners)
+
+
+def _low_rank(mine: Mapping[str, Layer]) -> LowRankSpec:
+    """The usual rank and alpha, and patterns with whole names for layers that have others."""
+    first = next(iter(mine.values()))
+    ranks = {name: _rank(layer) for name, layer in mine.items()}
+    if first.kind == "oft":
+        return LowRankSpec(kind="oft", rank=Counter(ranks.values()).most_common(1)[0][0])
+    alphas = {name: neat(layer.scale * ranks[name]) for name, layer in mine.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    own_alpha = all(alphas[name] == ranks[name] for name in mine)
+    alpha = None if own_alpha else Counter(alphas.values()).most_common(1)[0][0]
+    return LowRankSpec.model_validate(
+        {
+            "kind": first.kind,
+            "rank": rank,
+            "alpha": alpha,
+            "ranks": _patterns(ranks, rank),
+            "alphas": {} if alpha is None else _patterns(alphas, alpha),
+            "dora": first.is_dora,
+            "factor": _factor(mine) if first.kind == "lokr" else None,
+        }
+    )
+
+
+def _rank(layer: Layer) -> int:
+    """OFT: the blocks' side. LoKr of two whole factors: the least at which the second one is whole."""
+    if layer.kind == "oft":
+        return round((1 + (1 + 8 * layer.leaves["oft_R.weight"].shape[1]) ** 0.5) / 2)
+    return layer.rank or max(layer.leaves["lokr_w2"].shape[:2])
+
+
+def _factor(mine: Mapping[str, Layer]) -> int | None:
+    """The size that the small factors have at most, when all of them may have come from one setting."""
+    return max(max(layer.leaves["lokr_w1"].shape) for layer in mine.values() if "lokr_w1" in layer.leaves)
+
+
+def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """One expression for all layers that share an unusual value."""
+    groups: dict[float, list[str]] = {}
+    for name, value in values.items():
+        if value != usual:
+            groups.setdefault(value, []).append(re.escape(name))
+    return {"|".join(names): value for value, names in groups.items()}
+
+
+def _tokens(words: Words) -> TokensSpec:
+    """A word's own letters are what it starts from in encoders that did not learn it."""
+    towers = tuple(dict.fromkeys(tower for tower, _ in words))
+    names = dict.fromkeys(word for _, word in words)
+    return TokensSpec(
+        tokens={word: re.sub(r"[^\w ]+", " ", word).strip() or "thing" for word in names},
+        vectors=max(vectors.shape[0] for vectors in words.values()),
+        towers=towers,
+        keep_norm=False,
+    )
