@@ -57,6 +57,7 @@ class BuiltIn:
     @hook
     def register_families(self, register: Register) -> None:
         register("sd1", "livery.models.sd1:SD1")
+        register("sd3", "livery.models.sd3:SD3")
         register("sdxl", "livery.models.sdxl:SDXL")
 
     @hook

@@ -27,8 +27,11 @@ def test_the_family_is_read_from_the_folder(saved: Path):
 @pytest.mark.parametrize(
     ("pipeline", "what"),
     [
-        ("StableDiffusionXLPipeline", "a SDXL model"),
-        ("StableDiffusion3Pipeline", "a Stable Diffusion 3 model"),
+        ("StableDiffusionXLInpaintPipeline", "a special SDXL model"),
+        ("StableDiffusionXLImg2ImgPipeline", "a SDXL refiner or image-to-image model"),
+        ("StableDiffusion3ControlNetPipeline", "a special Stable Diffusion 3 model"),
+        ("StableDiffusionUpscalePipeline", "a special Stable Diffusion model"),
+        ("FluxPipeline", "a FLUX model"),
         ("WanPipeline", "a WanPipeline model"),
     ],
 )

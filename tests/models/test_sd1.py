@@ -53,14 +53,18 @@ def test_tiny_is_quick_and_leaves_the_global_seed_alone():
 
 def test_facts_come_from_the_configuration(tiny: SD1, folder: Path):
     assert (tiny.latent.channels, tiny.latent.factor, tiny.latent.scale) == (4, 2, 0.5)
-    assert (tiny.resolution, tiny.max_length, cast(Diffusion, tiny.noise).timesteps) == (32, 16, 1000)
+    assert (tiny.resolution, tiny.lengths["text_encoder"], cast(Diffusion, tiny.noise).timesteps) == (
+        32,
+        16,
+        1000,
+    )
     edit(folder / "vae/config.json", scaling_factor=0.25, shift_factor=0.125)
     edit(folder / "unet/config.json", sample_size=8)
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=9)
     edit(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction", num_train_timesteps=50)
     other = SD1.load(folder)
     assert (other.latent.scale, other.latent.shift, other.resolution) == (0.25, 0.125, 16)
-    assert (other.max_length, cast(Diffusion, other.noise).timesteps) == (9, 50)
+    assert (other.lengths["text_encoder"], cast(Diffusion, other.noise).timesteps) == (9, 50)
     assert type(other.noise).__name__ == "Velocity"
     assert other.sha256 != tiny.sha256
 
@@ -78,7 +82,7 @@ def test_a_tokenizer_in_the_older_two_files_is_the_same(tiny: SD1, folder: Path)
 
 def test_a_tokenizer_without_a_limit_takes_the_encoders(folder: Path):
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=10**30)
-    assert SD1.load(folder).max_length == 16
+    assert SD1.load(folder).lengths["text_encoder"] == 16
 
 
 def test_saved_and_loaded_is_the_same_model(tiny: SD1, saved: Path):
@@ -121,7 +125,7 @@ def test_images_become_the_same_latents_each_time(tiny: SD1):
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(tiny: SD1):
     prompts = ["a red fox", "", "many words " * 10]
     tokens = tiny.encode_prompts(prompts).tokens
-    assert tokens.shape == (3, tiny.max_length, 32)
+    assert tokens.shape == (3, tiny.lengths["text_encoder"], 32)
     theirs = cast(Any, tiny.pipeline()).encode_prompt(prompts, "cpu", 1, False)[0]
     assert torch.equal(tokens, theirs)
 
@@ -265,4 +269,4 @@ def test_an_inpainting_unet_is_refused(tiny: SD1):
     config = {**tiny.unet.config, "in_channels": 9}
     unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config))
     with pytest.raises(LiveryError, match="takes 9 channels but the latents have 4"):
-        SD1(unet, tiny.vae, tiny.text_encoder, tiny.tokenizers["text_encoder"], tiny.scheduler)
+        SD1(unet, cast(Any, tiny.vae), tiny.text_encoder, tiny.tokenizers["text_encoder"], tiny.scheduler)

@@ -12,10 +12,12 @@ from livery.nouns import LiveryError
 
 STARTER = "starter"
 
-# What pipelines of families that are not here yet are called by people.
+# What people call the pipelines that no family here reads; the first that fits.
 KNOWN = {
-    "StableDiffusionXL": "SDXL",
-    "StableDiffusion3": "Stable Diffusion 3",
+    "StableDiffusionXLImg2Img": "SDXL refiner or image-to-image",
+    "StableDiffusionXL": "special SDXL",
+    "StableDiffusion3": "special Stable Diffusion 3",
+    "StableDiffusion": "special Stable Diffusion",
     "Flux": "FLUX",
 }
 

@@ -22,6 +22,15 @@ from livery.nouns import LiveryError
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+UNET_TARGETS = r".*\.transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"
+"""Attention and feed-forward projections of every transformer block of a U-Net.
+
+Attention alone is what diffusers' trainer adapts; the feed-forward layers add capacity for texture and line,
+which a style is made of. Convolutions of the resnets are left out: many more weights, and A1111 and diffusers
+differ on them.
+"""
+UNET_SHAPE = ("attention_head_dim", "norm_num_groups", "act_fn", "use_linear_projection")
+"""What shapes a U-Net's output beside its weights."""
 SCHEDULER_FILES = {"scheduler": "scheduler_config.json"}
 
 
@@ -42,9 +51,13 @@ class DiffusersBackbone(Backbone):
     tokenizer_kinds: ClassVar[Mapping[str, Any]]
     """Tokenizers by their names in the folder ("tokenizer_2", of "text_encoder_2") -> their class."""
     optional: ClassVar[frozenset[str]] = frozenset()
-    """Parts that a folder's index may set to null."""
+    """Parts that a folder's index may leave out or set to [null, null]."""
     pipeline_kinds: ClassVar[Mapping[PipelineKind, str]]
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """What a folder's index may set beside the parts -> what diffusers takes otherwise."""
     scheduler: Any
+    lengths: Mapping[str, int]
+    """Ids per prompt, by tower."""
 
     def _assemble(
         self,
@@ -60,6 +73,7 @@ class DiffusersBackbone(Backbone):
             text.check_words(tokenizers[name], tower, name, where)
         self.denoiser, self.vae, self.scheduler = denoiser, vae, scheduler
         self.towers, self.tokenizers, self.placeholders = dict(towers), dict(tokenizers), {}
+        self.lengths = {name: text.length(tokenizers[name], tower) for name, tower in towers.items()}
         for part in (vae, *self.modules().values()):
             cast(nn.Module, part).eval().requires_grad_(False)
         self.latent = _latent(vae, where)
@@ -78,7 +92,8 @@ class DiffusersBackbone(Backbone):
         name = checkpoint.pipeline_name(folder)
         if name not in cls.pipelines:
             raise LiveryError(f"{folder}: a {name} folder, not {cls.people} one ({cls.pipelines[0]})")
-        absent = cls.optional - _listed(folder)
+        index = checkpoint.read_json(folder, checkpoint.INDEX)
+        absent = {part for part in cls.optional if not any(index.get(part) or ())}
         kinds = {part: kind for part, kind in cls.part_kinds.items() if part not in absent}
         words = {part: kind for part, kind in cls.tokenizer_kinds.items() if part not in absent}
         files = {**dict.fromkeys(words, "tokenizer_config.json"), **SCHEDULER_FILES}
@@ -87,6 +102,7 @@ class DiffusersBackbone(Backbone):
             **{part: checkpoint.read_part(kind, folder, part, _stem(part)) for part, kind in kinds.items()},
             **{part: text.read_tokenizer(kind, folder / part) for part, kind in words.items()},
             **dict.fromkeys(absent),
+            **{key: index.get(key, default) for key, default in cls.settings.items()},
             "scheduler": _read_scheduler(folder),
         }
 
@@ -112,14 +128,14 @@ class DiffusersBackbone(Backbone):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         with self._safe_vae() as vae:
-            mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
-        return ((mean - self.latent.shift) * self.latent.scale).to(self.device)
+            mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mean.float()
+        return (mean - self.latent.shift) * self.latent.scale
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         with self._safe_vae() as vae:
-            inner = latents.to(vae.device).float() / self.latent.scale + self.latent.shift
-            return vae.decode(inner.to(vae.dtype)).sample.float().to(self.device)
+            inner = latents.to(self.device).float() / self.latent.scale + self.latent.shift
+            return vae.decode(inner.to(vae.dtype)).sample.float()
 
     @contextmanager
     def _safe_vae(self) -> Iterator[Any]:
@@ -133,16 +149,24 @@ class DiffusersBackbone(Backbone):
             return
         if vae.dtype == torch.float16:
             vae.float()
-        kind = vae.device.type
+        kind = self.device.type
         halves = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         with torch.autocast(kind, enabled=False) if halves else nullcontext():
             yield vae
 
-    def tokenize(self, tower: str, prompts: Sequence[str], length: int) -> Any:
-        """Ids and mask [B, length] on the tower's device, by the tokenizer and placeholders of now."""
+    def tokenize(self, tower: str, prompts: Sequence[str]) -> Any:
+        """Ids and mask [B, T], by the tokenizer and placeholders of this moment."""
         texts = text.replaced(prompts, self.placeholders)
-        device = next(self.towers[tower].parameters()).device
-        return text.tokenize(self.tokenizers[tower], texts, length).to(device)
+        return text.tokenize(self.tokenizers[tower], texts, self.lengths[tower]).to(self.device)
+
+    def _clip(self, tower: str, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """A CLIP tower's last but one hidden state [B, T, D], and pooled [B, P] where it has a projection.
+
+        The hidden state has not been through the final norm: so SDXL and SD3 read it.
+        """
+        ids = self.tokenize(tower, prompts)["input_ids"]
+        answer = self.towers[tower](ids, output_hidden_states=True)
+        return answer.hidden_states[-2], answer[0]
 
     def pipeline(self, kind: PipelineKind = "text-to-image") -> DiffusionPipeline:
         with checkpoint.quiet():
@@ -166,6 +190,14 @@ class DiffusersBackbone(Backbone):
     def _pipeline_options(self, kind: PipelineKind) -> dict[str, Any]:
         """What the family's pipelines take beside the parts."""
         return {}
+
+    def _word_facts(self) -> dict[str, Any]:
+        """What the tokenizers add to the identity of the base; plain values where there is one."""
+        vocabularies = {name: text.vocabulary_hash(words) for name, words in self.tokenizers.items()}
+        facts = {"max_length": dict(self.lengths), "vocabulary": vocabularies}
+        if len(vocabularies) > 1:
+            return {**facts, "padding": {name: words.pad_token_id for name, words in self.tokenizers.items()}}
+        return {key: next(iter(values.values())) for key, values in facts.items()}
 
     def _hashed(self, facts: Mapping[str, Any]) -> str:
         """The identity of the base: its weights, its latent space and the family's own facts."""
@@ -224,12 +256,6 @@ def _latent(vae: AutoencoderKL, where: str) -> LatentSpec:
         scale=config["scaling_factor"],
         shift=config.get("shift_factor") or 0.0,
     )
-
-
-def _listed(folder: Path) -> set[str]:
-    """The parts that the folder's index names; what is left out stands there as [null, null]."""
-    index = checkpoint.read_json(folder, checkpoint.INDEX)
-    return {part for part, entry in index.items() if isinstance(entry, list) and any(entry)}
 
 
 def _stem(part: str) -> str:

@@ -20,14 +20,6 @@ from livery.models.backbone import Conditioning, PipelineKind
 from livery.models.parts import DiffusersBackbone
 
 FORCED = {"steps_offset": 1, "clip_sample": False}
-SHAPE = ("attention_head_dim", "norm_num_groups", "act_fn", "use_linear_projection")
-UNET_TARGETS = r".*\.transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"
-"""Attention and feed-forward projections of every transformer block of a U-Net.
-
-Attention alone is what diffusers' trainer adapts; the feed-forward layers add capacity for texture and line,
-which a style is made of. Convolutions of the resnets are left out: many more weights, and A1111 and diffusers
-differ on them.
-"""
 
 
 class SD1(DiffusersBackbone):
@@ -48,7 +40,7 @@ class SD1(DiffusersBackbone):
         "image-to-image": "StableDiffusionImg2ImgPipeline",
         "inpainting": "StableDiffusionInpaintPipeline",
     }
-    lora_targets = UNET_TARGETS
+    lora_targets = parts.UNET_TARGETS
     tower_targets = text.CLIP_TARGETS
 
     def __init__(
@@ -68,13 +60,11 @@ class SD1(DiffusersBackbone):
         width = unet.config["cross_attention_dim"]
         parts.check_width(width, text_encoder.config.hidden_size, "U-Net", where)
         self.bucket_step = parts.unet_step(unet, self.latent.factor)
-        self.max_length = text.clip_length(tokenizer, text_encoder)
         self.sha256 = self._hashed(
             {
                 **parts.diffusion_facts(self.noise),
-                "max_length": self.max_length,
-                "vocabulary": text.vocabulary_hash(tokenizer),
-                "unet": {key: unet.config.get(key) for key in SHAPE},
+                **self._word_facts(),
+                "unet": {key: unet.config.get(key) for key in parts.UNET_SHAPE},
             }
         )
 
@@ -100,11 +90,11 @@ class SD1(DiffusersBackbone):
             return cls(unet, tiny.vae(), CLIPTextModel(config), words, scheduler)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """tokens [B, max_length, D]: the encoder's last hidden state, padded as diffusers' pipeline pads."""
-        rows = self.tokenize("text_encoder", prompts, self.max_length)
+        """tokens [B, T, D]: the encoder's last hidden state, padded as diffusers' pipeline pads."""
+        rows = self.tokenize("text_encoder", prompts)
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = rows["attention_mask"] if masked else None
-        return Conditioning(self.text_encoder(rows["input_ids"], attention_mask=mask)[0].to(self.device))
+        return Conditioning(self.text_encoder(rows["input_ids"], attention_mask=mask)[0])
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """`conditioning.size` is not read: these models know no picture sizes."""

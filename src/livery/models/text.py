@@ -14,6 +14,7 @@ from livery.nouns import LiveryError, sha256_of
 CLIP_TARGETS = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 """Attention and feed-forward layers of a CLIP encoder, with and without a projection head around it."""
 T5_TARGETS = r"encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.w[io](_[01])?)"
+T5_LENGTH = 256
 
 VOCABULARIES: Mapping[str, tuple[frozenset[str], ...]] = {
     "CLIPTokenizer": (frozenset({"tokenizer.json"}), frozenset({"vocab.json", "merges.txt"})),
@@ -49,9 +50,13 @@ def vocabulary_hash(tokenizer: Any) -> str:
     return sha256_of(tokenizer.get_vocab())
 
 
-def clip_length(tokenizer: Any, tower: nn.Module) -> int:
-    """Ids per prompt. Some tokenizers state no limit (a huge number): the encoder's own positions are one."""
-    return min(tokenizer.model_max_length, cast(Any, tower).config.max_position_embeddings)
+def length(tokenizer: Any, tower: nn.Module) -> int:
+    """Ids per prompt. Some tokenizers state no limit (a huge number): the encoder's own positions are one.
+
+    T5 has relative positions, and no end of them: there, as many as diffusers' SD3 pipeline takes.
+    """
+    config = cast(Any, tower).config
+    return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", T5_LENGTH))
 
 
 def pool_at_first_end(tower: nn.Module, tokenizer: Any) -> None:

@@ -24,12 +24,12 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def byte_tokenizer(length: int) -> CLIPTokenizer:
+def byte_tokenizer(length: int, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """A CLIP tokenizer made in code: every byte, alone and at a word's end, and no merges."""
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad, model_max_length=length)
 
 
 def letter_tokenizer(length: int) -> T5Tokenizer:
