@@ -181,7 +181,7 @@ def test_samples_are_drawn_with_fixed_seeds_and_kept(
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
         asked.append((list(prompts), list(seeds)))
-        return (Image.new("RGB", (4, 4), (seed * 9, len(asked), 0)) for seed in seeds)
+        return (Image.linear_gradient("L").point(lambda v, s=seed: v + s + len(asked)) for seed in seeds)
 
     sampled = changed(recipe, sample_every=2, sample_prompts=("a cat", "a dog"))
     events = list(train(sampled, base, dataset, pixels=pixels, folder=tmp_path, draw=draw))
@@ -274,7 +274,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_a_cure(
 
     monkeypatch.setattr(base, "predict", broken)
     silent = changed(recipe, validate_every=0)
-    with pytest.raises(LiveryError, match=r"loss became nan at step 4: lower learning_rate \(now 0.01\)"):
+    with pytest.raises(LiveryError, match=r"loss became nan at step 4: .* from 0.01 to 0.003.* of step 2\."):
         list(train(silent, base, dataset, pixels=pixels, folder=tmp_path))
     assert same(before, weights(base))
     assert (tmp_path / "step-00000002.safetensors").is_file()
@@ -287,7 +287,15 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
     with pytest.raises(LiveryError, match="dataset 'colours' has no photo in its split 'train'"):
         next(train(recipe, base, none, pixels=pixels, folder=tmp_path))
     with pytest.raises(LiveryError, match="resolution 33 is not a multiple of 2"):
-        next(train(changed(recipe, resolution=33), base, dataset, pixels=pixels, folder=tmp_path))
+        next(
+            train(
+                changed(recipe, pictures={"buckets": False, "resolutions": (33,)}),
+                base,
+                dataset,
+                pixels=pixels,
+                folder=tmp_path,
+            )
+        )
 
 
 def test_it_says_what_is_missing(recipe: Recipe, base: SD1, dataset: Dataset, pixels: Paint, tmp_path: Path):

@@ -37,18 +37,18 @@ class TensorCache:
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self.folder = folder
         self._bound, self._held = memory_bytes, 0
-        self._memory: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._memory: OrderedDict[tuple[str, str], dict[str, Tensor]] = OrderedDict()
 
     def get(self, kind: str, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of that name, on the CPU; made and written when there are none."""
-        if name in self._memory:
-            self._memory.move_to_end(name)
-            return self._memory[name]
+        if found := self._memory.get((kind, name)):
+            self._memory.move_to_end((kind, name))
+            return found
         found = self._read(kind, name)
         if found is None:
             found = {key: part.detach().cpu().contiguous() for key, part in make().items()}
             write_tensors(self._file(kind, name), found)
-        self._keep(name, found)
+        self._keep((kind, name), found)
         return found
 
     def has(self, kind: str, name: str) -> bool:
@@ -64,7 +64,7 @@ class TensorCache:
         except (FileNotFoundError, SafetensorError):  # a damaged entry is made anew
             return None
 
-    def _keep(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _keep(self, name: tuple[str, str], tensors: dict[str, Tensor]) -> None:
         self._memory[name] = tensors
         self._held += _bytes(tensors)
         while self._held > self._bound:
@@ -94,7 +94,7 @@ class Encodings:
     ) -> None:
         """`pixels` reads a photo, and a mask as the photo that has the mask's hash."""
         self._backbone, self._cache, self._pixels = backbone, cache, pixels
-        self._pictures, self._towers_train = pictures, towers_train
+        self._pictures, self.towers_train = pictures, towers_train
         latent = backbone.latent
         facts = [latent.channels, latent.factor, latent.scale, latent.shift]
         self._eye = fingerprint({"vae": backbone.vae}, {"latent": facts})
@@ -112,7 +112,7 @@ class Encodings:
             if self._masked(one):
                 self._mask(one)
             yield Progress(stage="encode pictures", done=done, total=len(pictures))
-        texts = [] if self._towers_train else sorted(set(captions))
+        texts = [] if self.towers_train else sorted(set(captions))
         for done, text in enumerate(texts, 1):
             if not self._cache.has("prompts", self._prompt_name(text)):
                 self._prompt(text)
@@ -138,7 +138,7 @@ class Encodings:
     def prompts(self, rows: Sequence[Row]) -> Conditioning:
         """-> B rows on the backbone's device, with `size` as each row's picture is shown."""
         texts, device = [row.caption for row in rows], self._backbone.device
-        if self._towers_train:
+        if self.towers_train:
             made = self._backbone.encode_prompts(texts)
         else:
             made = Conditioning.stack([Conditioning(**self._prompt(text)) for text in texts]).to(device)

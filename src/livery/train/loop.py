@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -15,7 +16,9 @@ from livery.train.batches import Plan, held_out_row
 from livery.train.buckets import Framing
 from livery.train.cache import Encodings, TensorCache
 from livery.train.learner import Learner
-from livery.train.session import Draw, Outlets, Session
+from livery.train.parallel import ALONE, Peers
+from livery.train.session import Draw, Outlets, Score, Session
+from livery.train.validation import watched
 from livery.tuners.tuner import attach_all, build
 
 
@@ -29,27 +32,37 @@ def train(
     cache: Path | None = None,
     put_blob: Callable[[bytes], str] | None = None,
     draw: Draw | None = None,
+    score: Score | None = None,
     resume: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    peers: Peers = ALONE,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Event]:
     """Train what the recipe's tuners change; the last event is Trained.
 
     `folder` holds the run's checkpoints and `adapter.safetensors`; `cache` (default inside it) holds
-    encodings and is best shared by all runs. `draw` makes the samples. With `resume`, a run goes on
+    encodings and is best shared by all runs. `draw` makes the samples. `score` judges the adapter of each
+    validation in place of the held-out loss, where the recipe keeps the best. With `resume`, a run goes on
     from its last checkpoint, and on a CPU ends in the same bytes as if it had never stopped; without,
     checkpoints in the folder are deleted. When `should_stop` answers true, or on an interrupt, a
     checkpoint is written and the run ends without Trained. The backbone is left as it was found.
 
-    Raises LiveryError: no photo to train on, a resolution that does not fit the base, a checkpoint of
-    another run, a loss that is not finite.
+    Of several processes (`peers`), each of which calls this with the same values, the first alone looks,
+    draws, writes and tells Trained.
+
+    Raises LiveryError: no photo to train on, settings that do not fit the base, a checkpoint of another
+    run, a run that diverges, a tuner without effect.
     """
-    began = time.monotonic()
+    began = clock()
+    recipe = recipe.fitted(sum(not photo.prior for photo in dataset.split("train")))
     framing = Framing.of(recipe, backbone)
     identity = checkpoint.Identity(recipe=recipe.id, dataset=dataset.id, base=backbone.sha256)
     _require_photos(dataset)
-    checkpoint.sweep(folder)
-    if not resume:
-        checkpoint.clear(folder)
+    if peers.leads:
+        checkpoint.sweep(folder)
+        if not resume:
+            checkpoint.clear(folder)
+    peers.wait()
     found = checkpoint.latest(folder, identity, backbone.device)
     yield from _notes(recipe, dataset, draw)
     tuners = [build(spec) for spec in recipe.tuners]
@@ -57,16 +70,18 @@ def train(
     store = TensorCache(cache or folder / "cache")
     encodings = Encodings(backbone, store, pixels, recipe.pictures, towers_train=towers_train)
     plan = Plan(dataset.split("train"), recipe, framing)
+    peers.wait() if not peers.leads else None  # the first encodes, the others find it done
     for progress in _encode(plan, dataset, framing, encodings):
         yield progress
-        if should_stop():
+        if peers.count == 1 and should_stop():
             yield Note(text="Stopped before the first step; what was encoded is kept.")
             return
+    peers.wait() if peers.leads else None
     attached = attach_all(tuners, backbone, recipe.seed)
     try:
-        learner = Learner(recipe, backbone, attached, plan, encodings)
-        outlets = Outlets(folder, put_blob, draw)
-        session = Session(identity, recipe, backbone, dataset, learner, encodings, outlets)
+        learner = Learner(recipe, backbone, attached, plan, encodings, peers)
+        outlets = Outlets(folder, put_blob, draw, score)
+        session = Session(identity, dataset, learner, outlets, peers, clock)
         yield from session.run(found, began, should_stop)
     finally:
         attached.undo()
@@ -101,7 +116,7 @@ def _warning(text: str) -> Note:
 
 def _encode(plan: Plan, dataset: Dataset, framing: Framing, encodings: Encodings) -> Iterator[Progress]:
     """Encode what the run will read: all captions, and the empty one where captions are dropped."""
-    held_out = dataset.split("validation") if plan.recipe.validate_every else ()
-    rows = [held_out_row(photo, plan.recipe, framing) for photo in held_out]
+    looked_at = [*chain(*watched(dataset))] if plan.recipe.validate_every else []
+    rows = [held_out_row(photo, plan.recipe, framing) for photo in looked_at]
     captions = plan.captions() | {row.caption for row in rows}
     return encodings.fill([*plan.shown(), *rows], captions)

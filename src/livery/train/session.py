@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from livery import __version__
 from livery.files import write_bytes
-from livery.models.backbone import Backbone
-from livery.models.device import device_name, peak_memory_bytes
-from livery.models.noise import for_recipe
+from livery.models.device import device_name, peak_memory_bytes, resolve
 from livery.nouns import (
     Adapter,
     AdapterCard,
     Dataset,
     Event,
+    LiveryError,
     Note,
-    Recipe,
     Run,
     Sample,
     Saved,
@@ -31,28 +30,32 @@ from livery.nouns import (
     Validation,
     with_trigger,
 )
-from livery.train import checkpoint
-from livery.train.batches import held_out_row
+from livery.train import checkpoint, effect, guard
 from livery.train.buckets import Framing
-from livery.train.cache import Encodings
 from livery.train.learner import Learner
-from livery.train.validation import Grid, held_out_loss
+from livery.train.parallel import ALONE, Peers
+from livery.train.validation import Grid, best, better, change, grid_loss, waited, watched
 from livery.tuners.adapter_file import adapter_bytes
 
 Draw = Callable[[Sequence[str], Sequence[int]], Iterable[Image.Image]]
 """Prompts and as many seeds -> pictures, with the tuners as they stand."""
+Score = Callable[[Path], float]
+"""An adapter's file -> how good it is; higher is better. Decides in place of the held-out loss."""
+ASK_EVERY = 10
+"""Steps between two questions of several processes whether to go on."""
 
 
 @dataclass(frozen=True)
 class Outlets:
-    """Where a run puts what it makes, and who draws its samples.
+    """Where a run puts what it makes, who draws its samples, and who judges its adapters.
 
     Files go into the run's folder and, when there is one, into `put_blob`, which gives their SHA-256.
     """
 
     folder: Path
-    put_blob: Callable[[bytes], str] | None
-    draw: Draw | None
+    put_blob: Callable[[bytes], str] | None = None
+    draw: Draw | None = None
+    score: Score | None = None
 
     def keep(self, content: bytes, name: str) -> str:
         """Store bytes under `name` in the folder and as a blob; their SHA-256."""
@@ -66,19 +69,22 @@ class Session:
     def __init__(
         self,
         identity: checkpoint.Identity,
-        recipe: Recipe,
-        backbone: Backbone,
         dataset: Dataset,
         learner: Learner,
-        encodings: Encodings,
         outlets: Outlets,
+        peers: Peers = ALONE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._identity, self._recipe, self._backbone, self._dataset = identity, recipe, backbone, dataset
-        self._learner, self._encodings, self._outlets = learner, encodings, outlets
+        """Only the leading one of several `peers` looks, draws and writes. `clock` tells seconds."""
+        self._identity, self._dataset, self._learner = identity, dataset, learner
+        self._recipe, self._backbone = learner.recipe, learner.backbone
+        self._outlets, self._peers, self._clock = outlets, peers, clock
         self._steps: list[Step] = []
         self._validations: list[Validation] = []
         self._samples: list[Sample] = []
-        self._began, self._peak_before = time.monotonic(), 0
+        self._beginning = effect.beginning(learner.params)
+        self._pace = guard.Pace(clock)
+        self._began, self._peak_before = clock(), 0
         self._saved: int | None = None
         self._whole = True  # false while parameters move: such a state must not be saved
 
@@ -90,7 +96,11 @@ class Session:
     def run(
         self, found: checkpoint.Progressed | None, began: float, should_stop: Callable[[], bool]
     ) -> Iterator[Event]:
-        """Go on from what was found, to the end or until told to stop; `began` is a time.monotonic()."""
+        """Go on from what was found, to the end or until told to stop; `began` is the clock's time.
+
+        Raises LiveryError when the run diverges or has no effect; the folder then holds the last good
+        checkpoint.
+        """
         self._began = began
         if found:
             self._restore(found)
@@ -98,60 +108,131 @@ class Session:
         try:
             yield from self._events(should_stop)
         except (KeyboardInterrupt, GeneratorExit):  # the user, or whoever reads the events, has gone
-            if self._whole:
-                self._save()
+            if self._whole and self._peers.leads:
+                self._write()
             raise
 
     def _events(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
         yield from self._look()
-        while self.step < self._recipe.steps:
-            if should_stop():
-                yield self._save()
+        while not self._over():
+            if self._asked(should_stop):
+                yield from self._save()
                 yield Note(
                     text=f"Stopped at step {self.step} of {self._recipe.steps}; the run can go on from here."
                 )
                 return
-            yield self._advance()
+            yield from self._advance()
             yield from self._look()
             if self._due(self._recipe.checkpoint_every):
-                yield self._save()
-        yield self._finish()
+                yield from self._save()
+        if self._peers.leads:
+            yield from self._finish()
 
-    def _advance(self) -> Step:
-        loss = self._learner.gradients(self.step)
+    # ------------------------------------------------------------------------- steps
+
+    def _advance(self) -> Iterator[Event]:
+        self._pace.start()
         self._whole = False
-        rate = self._learner.update(self.step)
-        self._steps.append(Step(step=self.step + 1, loss=loss, learning_rate=rate))
+        outcome = self._learner.step(self.step)
+        losses = [*(step.loss for step in self._steps[-guard.LOOKS_BACK :]), outcome.loss]
+        problem = guard.trouble(self.step + 1, losses, outcome.gradient, self._recipe)
+        if problem:
+            self._give_up(*problem)
+        self._steps.append(Step(step=self.step + 1, loss=outcome.loss, learning_rate=outcome.rate))
         self._whole = True
-        return self._steps[-1]
+        slow = self._pace.stop()
+        yield self._steps[-1]
+        if slow:
+            yield Note(level="warning", text=slow)
+        if self.step == min(self._recipe.stop.check_effect_at, self._recipe.steps):
+            yield self._check_effect()
+
+    def _check_effect(self) -> Note:
+        found = effect.measure(self._learner, self._beginning)
+        effect.require(found, self.step)
+        return Note(
+            text=f"After {self.step} steps the tuned model's answers differ from the base's by "
+            f"{found.changed:.2%} of their size."
+        )
+
+    def _give_up(self, good: int, what: str) -> None:
+        """End a run that went wrong after step `good`. Checkpoints of later steps are removed."""
+        if self._peers.leads:
+            checkpoint.forget_after(self._outlets.folder, good)
+        kept = checkpoint.steps(self._outlets.folder)
+        where = (
+            f"The run is back at its checkpoint of step {max(kept)}." if kept else "No checkpoint was kept."
+        )
+        precision = resolve(self._recipe.precision, self._backbone.device)
+        raise LiveryError(f"{what}: {guard.advice(self._recipe, precision)}. {where}")
+
+    def _asked(self, should_stop: Callable[[], bool]) -> bool:
+        """Whether to stop. Several processes agree on it now and then only, as asking makes all wait."""
+        if self._peers.count > 1 and self.step % ASK_EVERY:
+            return False
+        return self._peers.agree(should_stop())
+
+    def _over(self) -> bool:
+        if self.step >= self._recipe.steps:
+            return True
+        patience = self._recipe.stop.patience
+        if not (patience and self._due(self._recipe.validate_every)):
+            return False
+        return self._peers.agree(waited(self._validations, self._recipe.stop) >= patience)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self._recipe.steps)
 
+    # ------------------------------------------------------------------------- looks
+
     def _look(self) -> Iterator[Event]:
         """Validate and draw where that is due and, after a resume, not done yet."""
+        if not self._peers.leads:
+            return
         if self._due(self._recipe.validate_every) and not _at(self.step, self._validations):
             yield from self._validate()
         if self._due(self._recipe.sample_every) and not _at(self.step, self._samples):
             yield from self._sample()
 
     def _validate(self) -> Iterator[Validation]:
-        recipe, framing = self._recipe, Framing.of(self._recipe, self._backbone)
-        photos = self._dataset.split("validation")
-        if not photos:
+        held_out, trained = watched(self._dataset)
+        if not held_out:
             return
-        rows = tuple(held_out_row(photo, recipe, framing) for photo in photos)
-        grid = Grid(rows, recipe.loss, recipe.precision, recipe.batch_size)
-        loss = held_out_loss(self._backbone, for_recipe(self._backbone.noise, recipe), grid, self._encodings)
-        self._validations.append(Validation(step=self.step, loss=loss))
+        learner, framing = self._learner, Framing.of(self._recipe, self._backbone)
+        with learner.looking():
+            loss, train = (
+                grid_loss(
+                    self._backbone, learner.law, Grid.of(photos, self._recipe, framing), learner.encodings
+                )
+                for photos in (held_out, trained)
+            )
+        found = Validation(step=self.step, loss=loss, train=train)
+        self._validations.append(self._judged(found) if self.step else found)
         yield self._validations[-1]
+
+    def _judged(self, found: Validation) -> Validation:
+        """With its score, where there is a judge; its adapter is kept when it is the best so far."""
+        if self._recipe.stop.keep == "last":
+            return found
+        path, before = self._best_file(self.step), best(self._validations, self._recipe.stop)
+        if self._outlets.score:
+            write_bytes(path, self._adapter())
+            found = found.model_copy(update={"score": self._outlets.score(path)})
+        if before is None or better(found, before, self._recipe.stop):
+            write_bytes(path, self._adapter())
+        else:
+            path.unlink(missing_ok=True)
+        return found
 
     def _sample(self) -> Iterator[Sample]:
         """Draw the sample prompts with seeds 0, 1, ...: the same at every step."""
         prompts = [with_trigger(prompt, self._recipe.trigger) for prompt in self._recipe.sample_prompts]
         if not (self._outlets.draw and prompts):
             return
-        images = self._outlets.draw(prompts, range(len(prompts)))
+        with self._learner.looking():
+            images = list(self._outlets.draw(prompts, range(len(prompts))))
+        if self.step and guard.blank(images):
+            self._give_up(self.step - 1, f"all {len(images)} samples of step {self.step} are blank")
         drawn = [self._keep(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
         self._samples.extend(drawn)
         yield from drawn
@@ -163,11 +244,28 @@ class Session:
         name = f"samples/step-{self.step:08d}-{hashlib.sha256(content).hexdigest()[:12]}.png"
         return Sample(step=self.step, prompt=prompt, sha256=self._outlets.keep(content, name))
 
-    def _save(self) -> Saved:
-        if self._saved != self.step:
-            checkpoint.write(self._outlets.folder, self._journal(), self._learner.state())
-            self._saved = self.step
-        return Saved(step=self.step)
+    # ------------------------------------------------------------------------- checkpoints
+
+    def _save(self) -> Iterator[Saved]:
+        if self._peers.leads:
+            self._write()
+            yield Saved(step=self.step)
+
+    def _write(self) -> None:
+        """A checkpoint, if there is none of this step; adapters that no checkpoint needs any more go."""
+        if self._saved == self.step:
+            return
+        state, folder = self._learner.state(), self._outlets.folder
+        broken = next((name for name, part in state.items() if not bool(torch.isfinite(part).all())), None)
+        if broken:
+            self._give_up(self.step - 1, f"{broken} holds numbers that are not finite at step {self.step}")
+        chosen = self._chosen()
+        files = [self._best_file(chosen.step)] if chosen else []
+        checkpoint.write(folder, self._journal(), state, files)
+        for path in folder.glob("best-*.safetensors"):
+            if path.name not in checkpoint.needed(folder):
+                path.unlink()
+        self._saved = self.step
 
     def _journal(self) -> checkpoint.Journal:
         return checkpoint.Journal(
@@ -175,7 +273,7 @@ class Session:
             steps=tuple(self._steps),
             validations=tuple(self._validations),
             samples=tuple(self._samples),
-            seconds=time.monotonic() - self._began,
+            seconds=self._clock() - self._began,
             peak_memory_bytes=max(self._peak_before, peak_memory_bytes(self._backbone.device)),
         )
 
@@ -188,22 +286,54 @@ class Session:
         self._peak_before = journal.peak_memory_bytes
         self._saved = self.step
 
-    def _finish(self) -> Trained:
-        card = self._card()
-        sha256 = self._outlets.keep(adapter_bytes(card, self._learner.adapter()), "adapter.safetensors")
-        adapter = Adapter(sha256=sha256, card=card)
+    # ------------------------------------------------------------------------- the end
+
+    def _chosen(self) -> Validation | None:
+        """The look whose adapter the run ends with; none = the last step's."""
+        return best(self._validations, self._recipe.stop) if self._recipe.stop.keep == "best" else None
+
+    def _best_file(self, step: int) -> Path:
+        return self._outlets.folder / f"best-{step:08d}.safetensors"
+
+    def _adapter(self) -> bytes:
+        return adapter_bytes(self._card(self.step), self._learner.adapter())
+
+    def _finish(self) -> Iterator[Event]:
+        chosen = self._chosen()
+        step = chosen.step if chosen else self.step
+        content = self._best_file(step).read_bytes() if step != self.step else self._adapter()
+        ended = self._why(step, chosen)
+        yield Note(text=ended)
+        sha256 = self._outlets.keep(content, "adapter.safetensors")
+        adapter = Adapter(sha256=sha256, card=self._card(step))
         record = self._journal().model_dump(exclude={"identity"})
         run = Run(
             recipe=self._recipe,
             dataset=self._identity.dataset,
             base_sha256=self._identity.base,
             adapter=adapter.id,
+            chosen_step=step,
+            ended=ended,
             device=device_name(self._backbone.device),
             **record,
         )
-        return Trained(adapter=adapter, run=run)
+        yield Trained(adapter=adapter, run=run)
 
-    def _card(self) -> AdapterCard:
+    def _why(self, step: int, chosen: Validation | None) -> str:
+        """Why the run ended and which step it ends with: one sentence."""
+        patience = self._recipe.stop.patience
+        early = self.step < self._recipe.steps
+        end = (
+            f"Stopped at step {self.step} of {self._recipe.steps}, as {patience} looks brought nothing better"
+            if early
+            else f"Ran all {self.step} steps"
+        )
+        if chosen is None:
+            return f"{end}; kept the last."
+        judged = f"its score {chosen.score:.3g}" if chosen.score is not None else "the lowest held-out loss"
+        return f"{end}; kept step {step}, which has {judged}{_against_base(self._validations, chosen)}."
+
+    def _card(self, step: int) -> AdapterCard:
         photos = self._dataset.split("train")
         return AdapterCard(
             recipe=self._recipe,
@@ -214,8 +344,18 @@ class Session:
             licences=tuple(sorted({photo.licence for photo in photos} - {""})),
             attributions=tuple(sorted({photo.attribution for photo in photos} - {""})),
             livery_version=__version__,
-            step=self.step,
+            step=step,
         )
+
+
+def _against_base(validations: Sequence[Validation], chosen: Validation) -> str:
+    """Loss there against the base's, held out and on photos that were learned from."""
+    found = change(validations, chosen)
+    if not found:
+        return ""
+    held_out, trained = found
+    seen = f", and {trained - 1:+.0%} on photos it learned from" if trained is not None else ""
+    return f" ({held_out - 1:+.0%} against the base{seen})"
 
 
 def _at(step: int, events: Sequence[Validation] | Sequence[Sample]) -> bool:
