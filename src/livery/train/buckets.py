@@ -1,9 +1,9 @@
 """Aspect-ratio buckets: each picture at a size near its own shape, so that little is cut off.
 
 A picture's bucket is worked out from its shape, not looked up in a list: the largest sides that are
-multiples of the base's step, keep the shape to half a step, and have at most the area asked for. So
-no picture within `max_ratio` loses more than one step of one side. What is left over is cut evenly
-at the sides and from the bottom, never from the top, where heads are.
+multiples of the base's step, keep the shape to a step, and have at most the area asked for. So no
+picture within `max_ratio` loses more than one step of one side. What is left over is cut evenly at
+the sides and from the bottom, never from the top, where heads are.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Framing:
         half = 0.5 if self.upscale else 0.0  # round to the nearest step, or down
         a, b = 1, 1  # sides in steps
         for a in range(max(1, (side if self.upscale else min(side, short)) // self.step), 0, -1):
-            b = max(a, min(int(a * ratio + half), int(a * self.max_ratio)))
+            b = max(int(a * ratio), min(int(a * ratio + half), int(a * self.max_ratio), cells // a))
             if a * b <= cells:
                 break
         b = min(b, max(1, cells // a))
