@@ -197,6 +197,8 @@ def _wrapped(
         for name, layer in zip(members, bare, strict=True):
             assert isinstance(layer, BaseTunerLayer)
             _keep_fp32(layer)
+            if spec.kind == "oft" and spec.dropout:
+                _drop_blocks(layer)
             layer.base_layer = outer[name]
             model.set_submodule(name, layer)
             made[name] = layer
@@ -222,7 +224,12 @@ def _config(spec: LowRankSpec, rank: int, alpha: float) -> PeftConfig:
             decompose_factor=spec.factor or -1,
             **everything,
         ),
-        "oft": lambda: OFTConfig(oft_block_size=rank, module_dropout=spec.dropout, **everything),
+        "oft": lambda: OFTConfig(
+            oft_block_size=rank,
+            module_dropout=spec.dropout,
+            use_cayley_neumann=False,  # peft's default cuts a series short: no rotation for large weights
+            **everything,
+        ),
     }
     return make[spec.kind]()
 
@@ -247,6 +254,13 @@ def _norm_in_fp32(
     norm: Callable[..., Tensor], weight: Tensor, lora_weight: Tensor, scaling: float, **rest: Any
 ) -> Tensor:
     return norm(weight=weight.float(), lora_weight=lora_weight.float(), scaling=scaling, **rest)
+
+
+def _drop_blocks(layer: Any) -> None:
+    """peft makes OFT's dropout of blocks, and then never calls it."""
+    rotation, drop = layer.oft_R[NAME], layer.oft_dropout[NAME]
+    turns = rotation._cayley_batch  # [blocks, side, side]
+    rotation._cayley_batch = lambda *arguments: drop(turns(*arguments))
 
 
 def _own(layer: Any) -> Iterator[tuple[str, Parameter]]:
