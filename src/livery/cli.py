@@ -11,8 +11,16 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from livery.nouns import Evaluated, Event, LiveryError, Noun
-from livery.screen import Screen, card, findings_table, nouns_table, presets_table
+from livery.nouns import Evaluated, Event, LiveryError, Note, Noun, Written
+from livery.screen import (
+    Screen,
+    cache_table,
+    card,
+    findings_table,
+    imported_table,
+    nouns_table,
+    presets_table,
+)
 from livery.studio import Studio, choose_recipe
 
 EXIT_ERROR, EXIT_NOT_PASSED, EXIT_INTERRUPTED = 1, 3, 130
@@ -206,6 +214,29 @@ def demo(
     _show(_studio(workspace).demo(folder, quick=quick), as_json)
 
 
+@app.command("import-recipe")
+def import_recipe(
+    source: Annotated[Path, typer.Argument(help="sd-scripts' TOML, or the JSON that kohya_ss saves.")],
+    path: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path("recipe.toml"),
+    family: Annotated[
+        str | None, typer.Option(help="sd1, sdxl or sd3. [default: read from the file]")
+    ] = None,
+    alpha_as_rank: Annotated[
+        bool, typer.Option("--alpha-as-rank", help="Put alpha / rank into the learning rates.")
+    ] = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a configuration of kohya's trainers into a recipe, and say what became of each key."""
+    found = _studio(workspace).import_recipe(source, path, family=family, alpha_as_rank=alpha_as_rank)
+    if as_json:
+        _print(found, as_json)
+    else:
+        Console().print(imported_table(found))
+        warnings = [Note(level="warning", text=text) for text in found.recipe.warnings()]
+        _show([*warnings, Written(what="recipe", path=str(path))], as_json)
+
+
 @app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this one's file. [default: list all]")] = None,
@@ -221,6 +252,21 @@ def presets(
         sys.stdout.write(found[0].text)
     else:
         Console().print(presets_table(found))
+
+
+@app.command()
+def cache(
+    limit: Annotated[str | None, typer.Option(help="What it may take from now on: 500M, 20G.")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Empty it; runs fill it again.")] = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show, bound or empty the cache of encoded pictures and captions."""
+    state = _studio(workspace).cache(clear=clear, limit=limit)
+    if as_json:
+        _print(state, as_json)
+    else:
+        Console().print(cache_table(state))
 
 
 @app.command()

@@ -25,8 +25,11 @@ from livery.nouns import Event, Noun
 
 if TYPE_CHECKING:
     from livery.doctor import Finding
+    from livery.kohya import Imported
     from livery.presets import Preset
+    from livery.train.cache_folder import CacheState
 
+MIB = 1 << 20
 STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -192,6 +195,22 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return table
 
 
+def cache_table(state: CacheState) -> Table:
+    """What a cache holds."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("what")
+    for name in ("entries", "MiB"):
+        table.add_column(name, justify="right")
+    for share in state.shares:
+        table.add_row(share.what, str(share.count), f"{share.bytes / MIB:.1f}")
+    count = sum(share.count for share in state.shares)
+    table.add_row("all", str(count), f"{state.bytes / MIB:.1f}", style="bold")
+    table.add_row("limit", "", f"{state.limit / MIB:.1f}")
+    if state.freed:
+        table.add_row("freed", "", f"{state.freed / MIB:.1f}")
+    return table
+
+
 def presets_table(found: Sequence[Preset]) -> Table:
     """Presets by name, and when to use each."""
     table = Table(box=None, pad_edge=False)
@@ -199,4 +218,17 @@ def presets_table(found: Sequence[Preset]) -> Table:
         table.add_column(name, overflow="fold")
     for preset in found:
         table.add_row(preset.name, escape(preset.about))
+    return table
+
+
+def imported_table(found: Imported) -> Table:
+    """What became of each key of a configuration from elsewhere."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("key", "value", "", "in the recipe", "why"):
+        table.add_column(name, overflow="fold")
+    styles = {"taken": "green", "changed": "yellow", "dropped": "red"}
+    for row in found.keys:
+        became = f"[{styles[row.became]}]{row.became}[/]"
+        table.add_row(escape(row.key), escape(row.value), became, escape(row.ours), escape(row.why))
+    table.add_row(f"and {found.idle} keys that are empty or off")
     return table

@@ -33,6 +33,7 @@ from livery.nouns import (
     Trained,
     Written,
     read_recipe,
+    recipe_toml,
     sha256_of,
     with_trigger,
 )
@@ -44,9 +45,11 @@ if TYPE_CHECKING:
     from livery.evaluate.embedder import ClipEmbedder
     from livery.evaluate.run import Tools
     from livery.generate.engine import Engine
+    from livery.kohya import Imported
     from livery.models.backbone import Backbone
     from livery.presets import Preset
     from livery.store import Store
+    from livery.train.cache_folder import CacheState
 
 DEMO_ALIAS = "demo"
 
@@ -141,6 +144,24 @@ class Studio:
         found = self.store.get(Adapter, adapter)
         write_bytes(path, self.store.read_blob(found.sha256))
         return Written(what="adapter", path=str(path))
+
+    def cache(self, *, clear: bool = False, limit: str | None = None) -> CacheState:
+        """What the encodings of pictures and captions take on disk; `limit` ("20G") holds from now on.
+
+        Entries unused for longest go first. Whatever went is made again when a run needs it.
+        """
+        from livery.train import cache_folder
+
+        folder = self.store.root / "cache"
+        if limit is not None:
+            cache_folder.set_limit(folder, cache_folder.size_of(limit))
+        before = cache_folder.look(folder)
+        if clear:
+            cache_folder.clear(folder)
+        elif limit is not None:
+            cache_folder.shrink(folder, before.limit)
+        after = cache_folder.look(folder)
+        return after.model_copy(update={"freed": before.bytes - after.bytes})
 
     # ------------------------------------------------------------------------- generate
 
@@ -281,6 +302,19 @@ class Studio:
             yield event
             if isinstance(event, Evaluated):
                 yield from self.write_report(event.report.id, folder)
+
+    def import_recipe(
+        self, source: Path, path: Path, *, family: str | None = None, alpha_as_rank: bool = False
+    ) -> Imported:
+        """A kohya configuration as a recipe file at `path`, with what became of each of its keys."""
+        from livery.kohya import import_recipe
+
+        if path.exists():
+            raise LiveryError(f"{path} is there already: name another file for the recipe")
+        found = import_recipe(source, family=family, alpha_as_rank=alpha_as_rank)
+        head = f"# Made from {source.name} by `livery import-recipe`; what is not here has livery's defaults."
+        write_bytes(path, recipe_toml(found.recipe, head).encode())
+        return found
 
     def presets(self, name: str | None = None) -> tuple[Preset, ...]:
         """The recipes that ship, one per family and method, or the one of this name."""
