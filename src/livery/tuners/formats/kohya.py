@@ -1,11 +1,13 @@
 """kohya's and LyCORIS' files, which A1111, Forge, ComfyUI and diffusers read.
 
 Each layer has factors and `alpha`; readers multiply the product by alpha / rank. What rsLoRA learnt is
-written with the alpha that gives the same product: alpha * sqrt(rank).
+written with the alpha that gives the same product: alpha * sqrt(rank). A file has one alpha for all LoRA
+layers, for diffusers 0.42 takes the usual one where they differ; the rest is in the second factor.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from livery.nouns import LiveryError
 from livery.tuners.delta import LEAVES, MAGNITUDE, Layer
 from livery.tuners.formats.content import Content, fitted, fuse, split_fused
+from livery.tuners.formats.diffusers_lora import neat
 from livery.tuners.formats.embedding import bundled
 from livery.tuners.formats.names import Places
 
@@ -32,6 +35,7 @@ def to_kohya(layers: Mapping[str, Layer], places: Places) -> dict[str, Tensor]:
             f"kohya's format has no name for {len(strange)} layers, first {strange[0]}: leave them out of "
             "the tuner's targets, or take another format"
         )
+    layers = _with_one_alpha(layers) if all(len(group) == 1 for group in places.values()) else layers
     tensors: dict[str, Tensor] = {}
     for name, group in places.items():
         parts = [layers.get(layer) for layer in group]
@@ -41,6 +45,19 @@ def to_kohya(layers: Mapping[str, Layer], places: Places) -> dict[str, Tensor]:
         assert layer is not None
         tensors |= _written(name, layer)
     return tensors
+
+
+def _with_one_alpha(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The same changes with the usual alpha everywhere."""
+    alphas = {n: neat(each.scale * each.rank) for n, each in layers.items() if each.kind == "lora"}
+    usual = Counter(alphas.values()).most_common(1)[0][0] if alphas else 0.0
+    same = dict(layers)
+    for name, alpha in alphas.items():
+        if alpha != usual:
+            layer = layers[name]
+            up = layer.leaves["lora_B.weight"] * (alpha / usual)
+            same[name] = Layer("lora", layer.leaves | {"lora_B.weight": up}, usual / layer.rank)
+    return same
 
 
 def _written(name: str, layer: Layer) -> dict[str, Tensor]:
