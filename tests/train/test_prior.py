@@ -1,15 +1,31 @@
 """Class photos: found ones are kept, missing ones drawn once, the same whenever they are drawn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from livery.nouns import LiveryError, Photo, PriorSpec
+from livery.models.sd1 import SD1
+from livery.nouns import (
+    Dataset,
+    FullSpec,
+    LiveryError,
+    LowRankSpec,
+    Photo,
+    PriorSpec,
+    Progress,
+    Recipe,
+    Step,
+)
+from livery.train.batches import Plan, batches_of_step
+from livery.train.buckets import Framing, shown_pixels
+from livery.train.loop import train
 from livery.train.prior import AT_ONCE, ClassPhotos
 
+Paint = Callable[[Photo], Image.Image]
 PRIOR = PriorSpec(kind="photos", prompt="a dog", count=10)
 SUBJECT = Photo(sha256="1" * 64, width=8, height=8)
 FOUND = Photo(sha256="2" * 64, width=8, height=8, prior=True)
@@ -29,12 +45,7 @@ class Drawer:
 
 
 def complete(folder: Path, draw: Drawer | None, prior: PriorSpec = PRIOR, base: str = BASE) -> list[Photo]:
-    events = ClassPhotos(folder, base).complete([SUBJECT, FOUND], prior, draw)
-    try:
-        while True:
-            next(events)
-    except StopIteration as end:
-        return list(end.value)
+    return list(_all(ClassPhotos(folder, base).complete([SUBJECT, FOUND], prior, draw)))
 
 
 def test_what_lacks_is_drawn_in_fixed_groups(tmp_path: Path):
@@ -111,3 +122,66 @@ def _returned(drawn: ClassPhotos) -> list[Photo]:
             return list(end.value)
         total += 1
         assert (progress.done, progress.total) == (total, PRIOR.count)
+
+
+# ------------------------------------------------------------------ in a whole run
+
+
+@pytest.mark.parametrize("spec", [LowRankSpec(rank=2), FullSpec()], ids=lambda spec: spec.kind)
+def test_class_rows_count_with_their_weight_whatever_learns(
+    spec: LowRankSpec | FullSpec, recipe: Recipe, dataset: Dataset, pixels: Paint, tmp_path: Path
+):
+    """The loss of the first step, where nothing has changed yet, against the formula written out."""
+    base, prior = SD1.tiny(), PRIOR.model_copy(update={"weight": 0.5, "count": 3})
+    asked = recipe.model_copy(
+        update={"tuners": (spec,), "prior": prior, "batch_size": 4, "steps": 1, "validate_every": 0}
+    )
+    draw = Drawer()
+    events = train(asked, base, dataset, pixels=pixels, folder=tmp_path, draw=draw)
+    [step] = [event for event in events if isinstance(event, Step)]
+
+    drawn = ClassPhotos(tmp_path / "cache" / "class", base.sha256)
+    photos = _all(drawn.complete(dataset.split("train"), prior, None))
+    read, plan = drawn.reading(pixels), Plan(photos, asked, Framing.of(asked, base))
+    total = 0.0
+    for row in next(batches_of_step(plan, 0)):
+        assert row.prior == (row.caption == "a dog" and row.photo.captions == ("a dog",))
+        clean = base.encode_images(shown_pixels(read(row.photo), row.view)[None])
+        t = torch.randint(1000, (1,), generator=row.random)
+        noise = torch.randn(clean[0].shape, generator=row.random)[None]
+        signal = float(base.noise.alpha_bar[t])  # pyright: ignore[reportAttributeAccessIssue]
+        noisy = signal**0.5 * clean + (1 - signal) ** 0.5 * noise
+        with torch.no_grad():
+            answer = base.predict(noisy, t, base.encode_prompts([row.caption]))
+        snr = signal / (1 - signal)
+        weight = (0.5 if row.prior else 1.0) * row.photo.weight * min(snr, 5) / snr
+        total += weight * float((answer - noise).square().mean())
+    assert step.loss == pytest.approx(total / 4, rel=1e-4)
+    assert draw.asked
+
+
+@pytest.mark.parametrize("spec", [LowRankSpec(rank=2), FullSpec()], ids=lambda spec: spec.kind)
+def test_the_base_s_own_answer_is_right_at_the_start_and_holds_later(
+    spec: LowRankSpec | FullSpec, recipe: Recipe, dataset: Dataset, pixels: Paint, tmp_path: Path
+):
+    """Class rows add nothing to the first loss: the base is still what it was. Later they do."""
+
+    def losses(weight: float) -> list[float]:
+        prior = PriorSpec(kind="prediction", prompt="a dog", weight=weight)
+        change = {"tuners": (spec,), "prior": prior, "batch_size": 4, "steps": 3, "validate_every": 0}
+        asked = recipe.model_copy(update=change)
+        folder = tmp_path / f"{weight}"
+        events = train(asked, SD1.tiny(), dataset, pixels=pixels, folder=folder)
+        return [event.loss for event in events if isinstance(event, Step)]
+
+    light, heavy = losses(1e-6), losses(1000.0)
+    assert light[0] == pytest.approx(heavy[0], rel=1e-4)
+    assert heavy[2] > light[2] * 1.01
+
+
+def _all(events: Generator[Progress, None, tuple[Photo, ...]]) -> tuple[Photo, ...]:
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value

@@ -7,6 +7,7 @@ changed text encoder leaves latents alone. All runs share it, and it may be dele
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
@@ -24,6 +25,7 @@ from livery.models.checkpoint import fingerprint
 from livery.nouns import Photo, PicturesSpec, Progress, sha256_of
 from livery.train.batches import Row
 from livery.train.buckets import Shown, shown_mask, shown_pixels
+from livery.train.cache_folder import limit_of, shrink
 from livery.train.checkpoint import write_tensors
 
 PREPARATION = 2
@@ -32,11 +34,16 @@ MEMORY_BYTES = 64 << 20
 
 
 class TensorCache:
-    """A folder of safetensors files by kind and name; those used last stay in memory up to a bound."""
+    """A folder of safetensors files by kind and name; those used last stay in memory up to a bound.
+
+    On disk it keeps within the folder's limit: what was unused for longest goes first. An entry that went
+    is made anew when it is asked for.
+    """
 
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self.folder = folder
         self._bound, self._held = memory_bytes, 0
+        self._limit, self._on_disk = limit_of(folder), -1  # not counted yet
         self._memory: OrderedDict[tuple[str, str], dict[str, Tensor]] = OrderedDict()
 
     def get(self, kind: str, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -47,28 +54,51 @@ class TensorCache:
         found = self._read(kind, name)
         if found is None:
             found = {key: part.detach().cpu().contiguous() for key, part in make().items()}
-            write_tensors(self._file(kind, name), found)
+            self._write(self._file(kind, name), found)
         self._keep((kind, name), found)
         return found
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether there is an entry; it may be damaged, which `get` finds out."""
-        return self._file(kind, name).is_file()
+        """Whether there is an entry, which is used by asking. It may be damaged, which `get` finds out."""
+        return _touch(self._file(kind, name))
 
     def _file(self, kind: str, name: str) -> Path:
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
     def _read(self, kind: str, name: str) -> dict[str, Tensor] | None:
+        path = self._file(kind, name)
         try:
-            return load_file(self._file(kind, name))
+            found = load_file(path)
+            _touch(path)
+            return found
         except (FileNotFoundError, SafetensorError):  # a damaged entry is made anew
             return None
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        write_tensors(path, tensors)
+        if self._on_disk < 0:
+            self._on_disk = shrink(self.folder, self._limit)
+        else:
+            self._on_disk += _bytes(tensors)
+        if self._on_disk > self._limit:  # down to nine tenths, so that not every write has to look
+            self._on_disk = shrink(self.folder, self._limit * 9 // 10)
 
     def _keep(self, name: tuple[str, str], tensors: dict[str, Tensor]) -> None:
         self._memory[name] = tensors
         self._held += _bytes(tensors)
         while self._held > self._bound:
             self._held -= _bytes(self._memory.popitem(last=False)[1])
+
+
+def _touch(path: Path) -> bool:
+    """Say that a file was used just now; whether it is there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # of another user, who shares the folder: it can be read all the same
+        return path.is_file()
+    return True
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

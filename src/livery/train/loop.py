@@ -15,8 +15,10 @@ from livery.train import checkpoint
 from livery.train.batches import Plan, held_out_row
 from livery.train.buckets import Framing
 from livery.train.cache import Encodings, TensorCache
+from livery.train.cache_folder import CLASS
 from livery.train.learner import Learner
 from livery.train.parallel import ALONE, Peers
+from livery.train.prior import ClassPhotos
 from livery.train.session import Draw, Outlets, Score, Session
 from livery.train.validation import watched
 from livery.tuners.tuner import attach_all, build
@@ -45,7 +47,8 @@ def train(
     validation in place of the held-out loss, where the recipe keeps the best. With `resume`, a run goes on
     from its last checkpoint, and on a CPU ends in the same bytes as if it had never stopped; without,
     checkpoints in the folder are deleted. When `should_stop` answers true, or on an interrupt, a
-    checkpoint is written and the run ends without Trained. The backbone is left as it was found.
+    checkpoint is written and the run ends without Trained. The backbone is left as it was found. Class
+    photos that the recipe wants and the dataset lacks are drawn by `draw` first, and kept in the cache.
 
     Of several processes (`peers`), each of which calls this with the same values, the first alone looks,
     draws, writes and tells Trained.
@@ -67,10 +70,13 @@ def train(
     yield from _notes(recipe, dataset, draw)
     tuners = [build(spec) for spec in recipe.tuners]
     towers_train = any("towers" in each.touches for each in tuners)
-    store = TensorCache(cache or folder / "cache")
-    encodings = Encodings(backbone, store, pixels, recipe.pictures, towers_train=towers_train)
-    plan = Plan(dataset.split("train"), recipe, framing)
-    peers.wait() if not peers.leads else None  # the first encodes, the others find it done
+    kept = cache or folder / "cache"
+    drawn = ClassPhotos(kept / CLASS, backbone.sha256)
+    peers.wait() if not peers.leads else None  # the first draws and encodes, the others find it done
+    photos = yield from drawn.complete(dataset.split("train"), recipe.prior, draw)
+    plan = Plan(photos, recipe, framing)
+    store, read = TensorCache(kept), drawn.reading(pixels)
+    encodings = Encodings(backbone, store, read, recipe.pictures, towers_train=towers_train)
     for progress in _encode(plan, dataset, framing, encodings):
         yield progress
         if peers.count == 1 and should_stop():
@@ -96,6 +102,7 @@ def _require_photos(dataset: Dataset) -> None:
 
 def _notes(recipe: Recipe, dataset: Dataset, draw: Draw | None) -> Iterator[Note]:
     """What the user should know before the first step."""
+    yield from map(_warning, recipe.warnings())
     if recipe.validate_every and not dataset.split("validation"):
         yield _warning("No photo is held out, so there is no validation loss to tell learning from copying.")
     bare = sum(not photo.caption for photo in dataset.split("train"))
