@@ -31,6 +31,12 @@ SCHEDULES = [
 ]
 
 
+def diffusion(config: dict[str, Any]) -> Diffusion:
+    law = from_config(config)
+    assert isinstance(law, Diffusion)
+    return law
+
+
 def rows(count: int = 5, shape: tuple[int, ...] = (3, 4, 4)) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(count, *shape, generator=generator), torch.randn(count, *shape, generator=generator)
@@ -40,7 +46,7 @@ def rows(count: int = 5, shape: tuple[int, ...] = (3, 4, 4)) -> tuple[torch.Tens
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_mix_and_target_are_those_of_diffusers(config, prediction):
     config = {**config, "prediction_type": prediction}
-    law, theirs = from_config(config), cast(Any, DDPMScheduler(**config))
+    law, theirs = cast(Any, diffusion(config)), cast(Any, DDPMScheduler(**config))
     clean, noise = rows()
     last = law.timesteps - 1
     t = torch.tensor([0, 1, last // 2, last - 1, last])
@@ -85,12 +91,12 @@ def test_debiased_weights_of_the_noise_are_the_papers():
 @pytest.mark.parametrize("weighting", ["min-snr", "debiased"])
 def test_a_weighted_error_is_the_same_in_either_prediction(weighting):
     """What one wrong picture costs does not hang on whether the network answers the noise or v."""
-    noises, velocities = from_config(SD15), from_config({**SD15, "prediction_type": "v_prediction"})
+    noises, velocities = diffusion(SD15), diffusion({**SD15, "prediction_type": "v_prediction"})
     clean, noise = rows(4)
     wrong, _ = rows(8)
     t = torch.tensor([5, 100, 500, 999])
     costs = []
-    for law in (noises, velocities):
+    for law in cast(Any, (noises, velocities)):
         noisy = law.mix(clean, noise, t)
         level = law.alpha_bar[t][:, None, None, None]
         claimed_noise = (noisy - level.sqrt() * wrong[:4]) / (
@@ -144,12 +150,12 @@ def test_what_is_not_known_is_refused_by_name(config, named):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_mixes_as_diffusers_does(shift):
-    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs = cast(Any, FlowMatchEulerDiscreteScheduler(shift=shift))
     law = from_config(theirs.config)
     clean, noise = rows()
     t = theirs.timesteps[[0, 10, 500, 900, 999]]
     mixed = law.mix(clean, noise, t / 1000)
-    assert torch.allclose(mixed, theirs.scale_noise(clean, cast(Any, t), noise), atol=1e-6)
+    assert torch.allclose(mixed, theirs.scale_noise(clean, t, noise), atol=1e-6)
     assert law == Flow(shift=shift)
 
 
@@ -160,14 +166,12 @@ def test_a_flow_is_known_by_its_class_or_by_its_keys():
 
 
 def test_one_step_of_diffusers_sampler_with_the_target_ends_in_the_picture():
-    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs = cast(Any, FlowMatchEulerDiscreteScheduler(shift=3.0))
     law = from_config(theirs.config)
     clean, noise = rows(2)
     theirs.set_timesteps(1)
     t = theirs.timesteps / 1000
-    drawn = theirs.step(
-        law.target(clean, noise, t), cast(Any, theirs.timesteps[0]), noise, return_dict=False
-    )[0]
+    drawn = theirs.step(law.target(clean, noise, t), theirs.timesteps[0], noise, return_dict=False)[0]
     assert torch.allclose(drawn, clean, atol=1e-5)
     some = torch.tensor([0.2, 0.9])
     noisy, target = law.mix(clean, noise, some), law.target(clean, noise, some)

@@ -32,7 +32,7 @@ def build(params: Mapping[str, Parameter], rate: Rate, recipe: Recipe) -> torch.
         case "adamw8bit":
             return _adamw8bit(groups, spec)
         case "adafactor":
-            return _adafactor(groups, spec)
+            return _adafactor(groups)
         case "prodigy":
             return _prodigy(groups, spec)
         case "lion":
@@ -76,12 +76,10 @@ def _adamw8bit(groups: list[Group], spec: OptimizerSpec) -> torch.optim.Optimize
     return AdamW8bit(groups, betas=spec.betas or (0.9, 0.999))
 
 
-def _adafactor(groups: list[Group], spec: OptimizerSpec) -> torch.optim.Optimizer:
+def _adafactor(groups: list[Group]) -> torch.optim.Optimizer:
     """Second moments by row and column: Shazeer and Stern 2018 (arXiv:1804.04235), with our own rates."""
     from transformers.optimization import Adafactor
 
-    if spec.betas:
-        raise LiveryError("optimizer.betas: 'adafactor' has none, its memory grows by itself: leave them out")
     return Adafactor(groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
 
 
