@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -18,6 +17,7 @@ from transformers import (
 
 from livery.models.backbone import Backbone
 from livery.models.sd1 import SD1
+from livery.models.sdxl import SDXL
 from livery.nouns import LiveryError, TokensSpec
 from livery.tuners.tokens import Tokens
 from livery.tuners.tuner import build
@@ -196,11 +196,11 @@ def test_a_word_cannot_be_added_twice(tiny: SD1):
         build(spec(towers=["text_encoder_4"])).attach(tiny)
 
 
-# ------------------------------------------------------------------ several towers, T5, old CLIP
+# ------------------------------------------------------------------ several towers, T5
 
 
 class Towers:
-    """The facts of a backbone that this tuner reads: an old CLIP and a T5."""
+    """The facts of a backbone that this tuner reads: a CLIP and a T5."""
 
     def __init__(self) -> None:
         with torch.random.fork_rng():
@@ -216,7 +216,6 @@ class Towers:
                     num_attention_heads=2,
                     max_position_embeddings=16,
                     projection_dim=8,
-                    eos_token_id=2,
                 )
             )
             t5 = T5EncoderModel(
@@ -246,11 +245,11 @@ def both() -> Any:
     return Towers()
 
 
-def pooled(backbone: Any, text: str) -> Tensor:
-    rows = backbone.tokenizers["text_encoder"](
-        text, padding="max_length", max_length=16, return_tensors="pt"
-    )["input_ids"]
-    return backbone.towers["text_encoder"](rows).text_embeds
+def pooled(backbone: SDXL, prompt: str) -> Tensor:
+    with torch.no_grad():
+        found = backbone.encode_prompts([prompt]).pooled
+    assert found is not None
+    return found
 
 
 def test_every_tower_learns_it_t5_too(both: Any):
@@ -290,13 +289,13 @@ def test_a_tower_that_does_not_learn_it_reads_the_first_words(both: Any):
     assert len(ids_of) == 2
 
 
-def test_the_end_is_found_behind_new_words(both: Any):
-    """Old CLIP configurations take the highest id for the end of the text, and new words have higher ones."""
-    before = pooled(both, "red shoe")
-    attached = build(TokensSpec(tokens={WORD: "r"})).attach(both)
-    assert torch.equal(pooled(both, "red shoe"), before)
-    assert torch.equal(pooled(both, f"{WORD} x"), pooled(both, "r x"))
+def test_prompts_are_pooled_at_their_end_behind_new_words():
+    """A new word's id is higher than the end's, by which old CLIP configurations find the end."""
+    backbone = SDXL.tiny()
+    before = pooled(backbone, "ab x")
+    attached = build(spec()).attach(backbone)
+    assert set(attached.params) == {KEY, f"text_encoder_2.tokens.{WORD}"}
+    assert torch.equal(pooled(backbone, "ab x"), before)
     attached.undo()
-    encoder: Any = both.towers["text_encoder"]
-    assert {module.eos_token_id for module in encoder.modules() if hasattr(module, "eos_token_id")} == {2}
-    assert isinstance(both.tokenizers["text_encoder"], CLIPTokenizer)
+    attached = build(spec(vectors=2)).attach(backbone)
+    assert torch.equal(pooled(backbone, f"{WORD} x"), before)

@@ -29,7 +29,6 @@ class Vocabulary(nn.Module):
         self.vectors = nn.ParameterList()
         self._backbone, self._tower = backbone, tower
         self._words: dict[str, tuple[list[str], Parameter]] = {}
-        self._ends: list[tuple[Any, int]] = []
         self._known = 0
 
     @classmethod
@@ -71,7 +70,6 @@ class Vocabulary(nn.Module):
         """Make encoder and tokenizer agree with the words there are."""
         backbone = self._backbone
         encoder: Any = backbone.towers[self._tower]
-        self._restore_ends()
         self.vectors = nn.ParameterList(param for _, param in self._words.values())
         if not self._words:
             encoder.set_input_embeddings(self.base_layer)
@@ -85,22 +83,6 @@ class Vocabulary(nn.Module):
         self._known = tokenizer.convert_tokens_to_ids(pieces[0])
         backbone.tokenizers[self._tower] = tokenizer
         encoder.set_input_embeddings(self)
-        self._find_ends(encoder)
-
-    def _find_ends(self, encoder: nn.Module) -> None:
-        """Old CLIP configurations give 2 for the end, on which transformers takes the highest id of a text.
-
-        That is a new word's now, so they are told the true one; texts without new words end where they did.
-        """
-        for module in encoder.modules():
-            if getattr(module, "eos_token_id", None) == 2:
-                self._ends.append((module, 2))
-                module.eos_token_id = self.tokenizer.eos_token_id
-
-    def _restore_ends(self) -> None:
-        for module, end in self._ends:
-            module.eos_token_id = end
-        self._ends = []
 
 
 def known_ids(tokenizer: Any, text: str) -> list[int]:
