@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, two are kept, a strange or damaged one is told apart."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,20 +36,69 @@ def test_journal_and_tensors_come_back_bit_for_bit(tmp_path: Path):
 def test_only_the_last_two_are_kept_and_the_last_is_read(tmp_path: Path):
     for steps in (1, 2, 12):
         checkpoint.write(tmp_path, journal(steps), {"x": torch.full((1,), float(steps))})
-    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoint.steps(tmp_path) == [2, 12]
+    assert len(list(tmp_path.iterdir())) == 4
     found = checkpoint.latest(tmp_path, IDENTITY, CPU)
     assert found
     assert found.tensors["x"].item() == 12
 
 
-def test_a_damaged_file_gives_way_to_the_one_before(tmp_path: Path):
+def _torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _flipped(path: Path, place: float = 0.99) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(bytes(content))
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "torn": _torn,
+    "a bit of a tensor": _flipped,
+    "a bit of the journal": lambda path: _flipped(path, 0.3),
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "torn manifest": lambda path: _torn(path.with_suffix(".json")),
+    "a bit of the manifest": lambda path: _flipped(path.with_suffix(".json"), 0.6),
+    "no manifest": lambda path: path.with_suffix(".json").unlink(),
+    "another manifest": lambda path: path.with_suffix(".json").write_text('["x"]'),
+    "what it needs": lambda path: _flipped(path.with_name("best.safetensors"), 0.5),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: str):
     checkpoint.write(tmp_path, journal(1), {"x": torch.zeros(8)})
-    checkpoint.write(tmp_path, journal(2), {"x": torch.ones(8)})
-    last = max(tmp_path.iterdir())
-    last.write_bytes(last.read_bytes()[:-5])
+    needed = tmp_path / "best.safetensors"
+    needed.write_bytes(b"an adapter")
+    checkpoint.write(tmp_path, journal(2), {"x": torch.ones(8)}, [needed])
+    HARMS[harm](tmp_path / "step-00000002.safetensors")
     found = checkpoint.latest(tmp_path, IDENTITY, CPU)
     assert found
     assert len(found.journal.steps) == 1
+    assert torch.equal(found.tensors["x"], torch.zeros(8))
+
+
+def test_every_bit_of_a_checkpoint_is_watched(tmp_path: Path):
+    """Flip one bit at 60 places of the file, one after the other: none is read as if it were whole."""
+    checkpoint.write(tmp_path, journal(1), {"x": torch.zeros(8)})
+    path = tmp_path / "step-00000001.safetensors"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert checkpoint.latest(tmp_path, IDENTITY, CPU) is None
+    path.write_bytes(whole)
+    assert checkpoint.latest(tmp_path, IDENTITY, CPU)
+
+
+def test_later_checkpoints_can_be_forgotten_or_all(tmp_path: Path):
+    for steps in (3, 7):
+        checkpoint.write(tmp_path, journal(steps), {})
+    checkpoint.forget_after(tmp_path, 3)
+    assert checkpoint.steps(tmp_path) == [3]
+    checkpoint.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("part", checkpoint.Identity.model_fields)
@@ -65,6 +115,7 @@ def test_no_checkpoint_is_none_clear_forgets_and_sweep_removes_what_a_kill_left(
     checkpoint.write(tmp_path, journal(1), {})
     (tmp_path / ".step-00000002.safetensors.ab12cd34").write_bytes(b"half")
     checkpoint.sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
+    assert not list(tmp_path.glob(".*"))
+    assert checkpoint.steps(tmp_path) == [1]
     checkpoint.clear(tmp_path)
     assert not list(tmp_path.iterdir())
