@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from livery.files import write_bytes
 from livery.models.backbone import Backbone
-from livery.nouns import Dataset, Event, LiveryError, Note, Photo, Progress, Recipe
+from livery.nouns import Dataset, Event, LiveryError, Note, Photo, Progress, Recipe, recipe_toml
 from livery.train import checkpoint
 from livery.train.batches import Plan, held_out_row
 from livery.train.buckets import Framing
@@ -42,13 +43,13 @@ def train(
 ) -> Iterator[Event]:
     """Train what the recipe's tuners change; the last event is Trained.
 
-    `folder` holds the run's checkpoints and `adapter.safetensors`; `cache` (default inside it) holds
-    encodings and is best shared by all runs. `draw` makes the samples. `score` judges the adapter of each
-    validation in place of the held-out loss, where the recipe keeps the best. With `resume`, a run goes on
-    from its last checkpoint, and on a CPU ends in the same bytes as if it had never stopped; without,
-    checkpoints in the folder are deleted. When `should_stop` answers true, or on an interrupt, a
-    checkpoint is written and the run ends without Trained. The backbone is left as it was found. Class
-    photos that the recipe wants and the dataset lacks are drawn by `draw` first, and kept in the cache.
+    `folder` holds the run's checkpoints, `adapter.safetensors` and the `recipe.toml` that ran; `cache`
+    (default inside it) holds encodings and is best shared by all runs. `draw` makes the samples. `score`
+    judges the adapter of each validation in place of the held-out loss, where the recipe keeps the best. With
+    `resume`, a run goes on from its last checkpoint, and on a CPU ends in the same bytes as if it had never
+    stopped; without, checkpoints in the folder are deleted. When `should_stop` answers true, or on an
+    interrupt, a checkpoint is written and the run ends without Trained. The backbone is left as it was found.
+    Class photos that the recipe wants and the dataset lacks are drawn by `draw` first, and kept in the cache.
 
     Of several processes (`peers`), each of which calls this with the same values, the first alone looks,
     draws, writes and tells Trained.
@@ -67,6 +68,8 @@ def train(
             checkpoint.clear(folder)
     peers.wait()
     found = checkpoint.latest(folder, identity, backbone.device)
+    if peers.leads:
+        write_bytes(folder / "recipe.toml", recipe_toml(recipe).encode())
     yield from _notes(recipe, dataset, draw)
     tuners = [build(spec) for spec in recipe.tuners]
     towers_train = any("towers" in each.touches for each in tuners)
