@@ -86,3 +86,22 @@ def test_doctor_says_what_is_here(tmp_path: Path) -> None:
     assert all(row["means"] for row in findings.values())
     problems = any(row["level"] == "problem" for row in findings.values())
     assert done.returncode == (1 if problems else 0)
+
+
+def test_the_cache_is_shown_bounded_and_emptied(tmp_path: Path) -> None:
+    entries = tmp_path / ".livery" / "cache" / "latents" / "ab"
+    entries.mkdir(parents=True)
+    for number in range(4):
+        (entries / f"{number}.safetensors").write_bytes(bytes(1024))
+
+    def told(*arguments: str) -> tuple[int, int, int]:
+        done = livery("cache", *arguments, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        state = json.loads(done.stdout)
+        return sum(share["count"] for share in state["shares"]), state["limit"], state["freed"]
+
+    assert told() == (4, 50 << 30, 0)
+    assert told("--limit", "3k") == (3, 3072, 1024)
+    assert told("--clear") == (0, 3072, 3072)
+    assert "limit" in livery("cache", cwd=tmp_path).stdout
+    assert "'much' is no size" in livery("cache", "--limit", "much", cwd=tmp_path).stderr

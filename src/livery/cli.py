@@ -42,6 +42,7 @@ Workspace = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON event per line, for scripts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Network = Annotated[bool, typer.Option("--allow-network", help="Let a hub id be downloaded.")]
+Masks = Literal["ignore", "alpha", "files"]
 Kind = Literal["Dataset", "Adapter", "Run", "Suite", "Report"]
 
 
@@ -60,6 +61,9 @@ def ingest(
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of pictures that name none.")] = None,
     attribution: Annotated[str | None, typer.Option(help="Whom to credit, likewise.")] = None,
+    masks: Annotated[
+        Masks, typer.Option(help="Where masks come from: transparency, or cat-masklabel.png beside cat.jpg.")
+    ] = "ignore",
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
@@ -74,6 +78,7 @@ def ingest(
         max_pixels=max_pixels,
         licence=licence,
         attribution=attribution,
+        masks=masks,
     )
     _show(events, as_json)
 

@@ -77,6 +77,7 @@ class Studio:
         seed: int = 0,
         licence: str | None = None,
         attribution: str | None = None,
+        masks: Literal["ignore", "alpha", "files"] = "ignore",
     ) -> Iterator[Event]:
         """A folder or zip of pictures becomes a Dataset; the last event is Ingested."""
         from livery.data.ingest import MAX_PIXELS, ingest
@@ -92,6 +93,7 @@ class Studio:
             seed=seed,
             licence=licence,
             attribution=attribution,
+            masks=masks,
         )
         for event in events:
             if isinstance(event, Ingested):

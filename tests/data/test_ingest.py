@@ -578,3 +578,132 @@ def test_the_seed_chooses_what_is_held_out(tmp_path: Path) -> None:
 def test_a_source_keeps_its_own_validation(tmp_path: Path) -> None:
     dataset = Taken(write(tmp_path, imagefolder("jsonl")), validation=0.5).dataset
     assert [photo.split for photo in dataset.photos] == ["train", "validation"]
+
+
+# Masks, class photos, repeats and weights
+
+
+def half_seen() -> bytes:
+    """Left half opaque red, right half as good as invisible blue."""
+    image = Image.new("RGBA", (8, 6), (*BLUE, 0))
+    image.paste((*RED, 255), (0, 0, 4, 6))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def grey_of(taken: Taken, name: str) -> np.ndarray:
+    mask = taken.photo(name).mask
+    assert mask is not None
+    image = Image.open(io.BytesIO(taken.blobs[mask]))
+    assert (image.format, image.mode) == ("PNG", "L")
+    return np.asarray(image)
+
+
+def test_transparency_becomes_the_mask_when_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": half_seen(), "b.png": picture(RED)})
+    taken = Taken(tmp_path, masks="alpha")
+    assert np.array_equal(grey_of(taken, "a.png"), [[255] * 4 + [0] * 4] * 6)
+    assert taken.photo("b.png").mask is None
+    plain = Taken(tmp_path)
+    assert plain.photo("a.png").mask is None
+    assert plain.photo("a.png").sha256 == taken.photo("a.png").sha256  # the pixels are the same
+
+
+def test_a_mask_is_turned_with_its_picture(tmp_path: Path) -> None:
+    image = Image.open(io.BytesIO(half_seen()))
+    exif = image.getexif()
+    exif[0x0112] = 6  # stored lying on its side
+    image.save(tmp_path / "a.png", exif=exif)
+    taken = Taken(tmp_path, masks="alpha")
+    assert (taken.photo("a.png").width, taken.photo("a.png").height) == (6, 8)
+    assert np.array_equal(grey_of(taken, "a.png"), [[255] * 6] * 4 + [[0] * 6] * 4)
+
+
+def test_mask_files_are_masks_and_never_pictures(tmp_path: Path) -> None:
+    mask = Image.new("L", (8, 6), 0)
+    mask.paste(255, (2, 0, 8, 6))
+    file = io.BytesIO()
+    mask.save(file, "PNG")
+    files: dict[str, bytes | str] = {
+        "a.jpg": picture(RED, "JPEG"),
+        "a.txt": "red",
+        "a-masklabel.png": file.getvalue(),
+        "deep/b.png": picture(BLUE),
+        "deep/b.mask.png": file.getvalue(),
+        "c.webp": picture((0, 9, 0), "WEBP"),
+        "c.webp.mask.png": file.getvalue(),
+        "lonely.mask.png": picture((9, 9, 9)),
+    }
+    write(tmp_path, files)
+    taken = Taken(tmp_path, masks="files")
+    sources = ["a.jpg", "c.webp", "deep/b.png", "lonely.mask.png"]
+    assert [photo.source for photo in taken.dataset.photos] == sources
+    for name in sources[:3]:
+        assert np.array_equal(grey_of(taken, name), [[0] * 2 + [255] * 6] * 6)
+    assert taken.photo("lonely.mask.png").mask is None
+    ignoring = Taken(tmp_path)
+    assert [photo.source for photo in ignoring.dataset.photos] == sources
+    assert not any(photo.mask for photo in ignoring.dataset.photos)
+    assert any("masks, left alone" in note for note in ignoring.notes)
+
+
+def test_a_mask_of_another_shape_or_broken_costs_the_mask_alone(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "a.png": picture(RED),
+            "a.mask.png": picture((9, 9, 9), size=(8, 8)),
+            "b.png": picture(BLUE),
+            "b.mask.png": b"\x89PNG\r\n\x1a\nnot really",
+            "c.png": picture((0, 9, 0)),
+            "c.mask.png": picture((255, 255, 255), size=(16, 12)),  # twice as fine: the same shape
+        },
+    )
+    taken = Taken(tmp_path, masks="files")
+    assert taken.refused["a.mask.png"] == (
+        "is a mask of 8 x 8 pixels for a picture of 8 x 6: give it the same shape"
+    )
+    assert taken.refused.keys() == {"a.mask.png", "b.mask.png"}
+    assert [photo.mask is None for photo in taken.dataset.photos] == [True, True, False]
+
+
+def test_a_dataset_with_masks_goes_into_a_store(tmp_path: Path) -> None:
+    write(tmp_path / "photos", {"a.png": half_seen()})
+    store = Store(tmp_path / "workspace")
+    last = list(ingest(tmp_path / "photos", store.put_blob, masks="alpha"))[-1]
+    assert isinstance(last, Ingested)
+    store.put(last.dataset)
+    assert list(store.verify()) == []
+
+
+def test_class_photos_are_told_by_their_folder_and_never_held_out(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {}
+    for number in range(10):
+        files[f"_class/dogs/{number}.png"] = picture((number, 0, 0))
+        files[f"mine/{number}.png"], files[f"mine/{number}.txt"] = picture((0, number + 1, 0)), "my dog"
+    dataset = Taken(write(tmp_path, files), validation=0.5, require_captions=True).dataset
+    of_class = [photo for photo in dataset.photos if photo.prior]
+    assert sorted(photo.source for photo in of_class) == [f"_class/dogs/{n}.png" for n in range(10)]
+    assert {photo.split for photo in of_class} == {"train"}
+    assert len(dataset.split("validation")) == 5
+
+
+def test_repeats_and_weights_come_from_metadata(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "a.png", "repeats": 3, "loss_weight": 0.5, "weight": "2 kg"},
+        {"file_name": "b.png"},
+        {"file_name": "c.png", "repeats": "0"},
+        {"file_name": "d.png", "loss_weight": "heavy"},
+        {"file_name": "e.png", "loss_weight": "nan"},
+    ]
+    files: dict[str, bytes | str] = {f"{x}.png": picture((i, 0, 0)) for i, x in enumerate("abcde")}
+    taken = Taken(write(tmp_path, {**files, "metadata.jsonl": "\n".join(json.dumps(row) for row in rows)}))
+    a, b = taken.photo("a.png"), taken.photo("b.png")
+    assert (a.repeats, a.weight, a.attributes) == (3, 0.5, {"weight": "2 kg"})
+    assert (b.repeats, b.weight) == (1, 1.0)
+    assert taken.refused == {
+        "c.png": "has repeats '0' in its metadata: give a number above 0",
+        "d.png": "has loss_weight 'heavy' in its metadata: give a number above 0",
+        "e.png": "has loss_weight 'nan' in its metadata: give a number above 0",
+    }

@@ -39,6 +39,7 @@ class Clean:
     turned: bool
     laid_on_background: bool
     colours_converted: bool
+    opacity: bytes | None = None  # a grey PNG, white where the picture is opaque; none = everywhere
 
 
 def sniff(head: bytes) -> str | None:
@@ -81,6 +82,11 @@ def clean(content: bytes, background: tuple[int, int, int], max_pixels: int) -> 
         raise Unreadable(f"is broken ({error or type(error).__name__}): export it again") from error
 
 
+def grey(cleaned: Clean) -> bytes:
+    """A picture as a grey PNG: what a mask file shows."""
+    return _png(Image.open(io.BytesIO(cleaned.png)).convert("L"))
+
+
 def cut_short(content: bytes) -> bool:
     """Whether a file that would not decode ends before its format says it does."""
     if content.startswith(b"RIFF") and len(content) >= 8:
@@ -114,9 +120,14 @@ def _cleaned(image: Image.Image, background: tuple[int, int, int]) -> Clean:
         laid = True
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
     pixels = Image.frombytes("RGB", rgb.size, rgb.tobytes())  # a new picture carries nothing along
+    opacity = _png(alpha) if laid and alpha else None
+    return Clean(_png(pixels), *rgb.size, removed, turned, laid, converted, opacity)
+
+
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    pixels.save(file, "PNG", compress_level=6)
-    return Clean(file.getvalue(), *rgb.size, removed, turned, laid, converted)
+    image.save(file, "PNG", compress_level=6)
+    return file.getvalue()
 
 
 def _metadata(image: Image.Image) -> tuple[str, ...]:

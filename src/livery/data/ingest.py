@@ -7,18 +7,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from PIL import ImageColor
 
-from livery.data.decode import EXTENSIONS, FORMATS, Clean, clean, sniff
-from livery.data.labels import Labels, read_labels, split_of
+from livery.data.decode import EXTENSIONS, FORMATS, Clean, clean, grey, sniff
+from livery.data.labels import Labels, masks_of, read_labels, shows_class, split_of
 from livery.data.source import Tree, Unreadable, open_tree
 from livery.nouns import Dataset, Event, Ingested, LiveryError, Note, Photo, Progress, Refused
 
 MAX_PIXELS = 64_000_000
+Masks = Literal["ignore", "alpha", "files"]
+"""Where masks come from: nowhere, each picture's own transparency, or files such as cat-masklabel.png."""
 
 _FIELDS = {"licence": "licence", "license": "licence", "attribution": "attribution", "consent": "consent"}
 """Metadata columns that are fields of a Photo; all others become attributes."""
+_NUMBERS: dict[str, tuple[str, type[int] | type[float]]] = {
+    "repeats": ("repeats", int),
+    "loss_weight": ("weight", float),
+}
 _PICTURES = EXTENSIONS | {".gif", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif", ".svg", ".psd", ".jxl"}
 
 
@@ -33,6 +40,7 @@ class Rules:
     seed: int
     licence: str
     attribution: str
+    masks: Masks = "ignore"
 
     def check(self) -> tuple[int, int, int]:
         """The background as red, green, blue in 0-255. Raises LiveryError for a rule that makes no sense."""
@@ -69,6 +77,7 @@ def ingest(
     seed: int = 0,
     licence: str | None = None,
     attribution: str | None = None,
+    masks: Masks = "ignore",
 ) -> Iterator[Event]:
     """Read every picture of a folder or zip, keep it by `put_blob`, and end with Ingested(dataset).
 
@@ -76,23 +85,34 @@ def ingest(
     metadata.csv (file_name; text or caption; further columns become attributes). Folders called train,
     validation and test set the split. Transparency is laid on `background`; `validation` is the share
     of pictures to hold out, chosen by `seed`; `licence` and `attribution` hold where metadata names none.
+    `masks` says where a photo's mask comes from. Pictures in a folder called _class show the class, not the
+    subject; metadata columns `repeats` and `loss_weight` say how often a picture is shown and how much its
+    rows count.
 
     Yields Progress per picture, Refused per file that is not taken, and Note for what was changed in one.
     Raises LiveryError when the source cannot be opened, a rule makes no sense, or no picture is left.
     """
     rules = Rules(
-        background, max_pixels, require_captions, validation, seed, licence or "", attribution or ""
+        background, max_pixels, require_captions, validation, seed, licence or "", attribution or "", masks
     )
     colour = rules.check()
     taken = _Taken()
     with open_tree(source) as tree:
         labels = read_labels(tree)
         yield from _refuse(taken, [*tree.refused, *labels.refused])
-        pictures, others = _sort(tree, labels)
+        beside = masks_of(tree.names)
+        pictures, others = _sort(tree, labels, set(beside.values()))
+        if beside and masks != "files":
+            yield Note(text=f"masks, left alone (take them with masks = files): {_some([*beside.values()])}")
         for number, file in enumerate(pictures, 1):
             try:
                 cleaned = clean(_content(tree, file, labels, rules), colour, max_pixels)
-                yield from _take(taken, file, cleaned, put_blob(cleaned.png), labels, rules)
+                training = _training(labels, file)
+                mask, refused = _mask(tree, beside.get(file), cleaned, rules)
+                yield from _refuse(taken, refused)
+                if mask:
+                    training["mask"] = put_blob(mask)
+                yield from _take(taken, file, cleaned, put_blob(cleaned.png), labels, rules, training)
             except Unreadable as error:
                 yield from _refuse(taken, [Refused(file=file, reason=str(error))])
             yield Progress(stage="ingest", done=number, total=len(pictures))
@@ -103,12 +123,12 @@ def ingest(
     yield Ingested(dataset=_dataset(taken, name or source.resolve().stem, rules))
 
 
-def _sort(tree: Tree, labels: Labels) -> tuple[list[str], list[str]]:
+def _sort(tree: Tree, labels: Labels, masks: set[str]) -> tuple[list[str], list[str]]:
     """The files that are pictures by name or by content, and those that are neither pictures nor labels."""
     pictures: list[str] = []
     others: list[str] = []
     for file in tree.names:
-        if file in labels.used:
+        if file in labels.used or file in masks:
             continue
         (pictures if _is_picture(tree, file) else others).append(file)
     return pictures, others
@@ -132,14 +152,52 @@ def _content(tree: Tree, file: str, labels: Labels, rules: Rules) -> bytes:
         raise Unreadable(f"is {found}, which livery does not read: save it as PNG, JPEG or WebP")
     if suffix not in EXTENSIONS:
         raise Unreadable(f"is {found} by content but is not named so: rename it to .{found.lower()}")
-    if rules.require_captions and not labels.captions.get(file):
+    if rules.require_captions and not labels.captions.get(file) and not shows_class(file):
         sidecar = PurePosixPath(file).with_suffix(".txt").name
         raise Unreadable(f"has no caption: write one into {sidecar} beside it")
     return tree.read(file)
 
 
+def _training(labels: Labels, file: str) -> dict[str, Any]:
+    """How a picture is trained on, in the fields of a Photo. Raises Unreadable for what is no number."""
+    found: dict[str, Any] = {"prior": shows_class(file)}
+    for column, (name, kind) in _NUMBERS.items():
+        text = labels.attributes.get(file, {}).get(column)
+        if text is None:
+            continue
+        try:
+            found[name] = kind(text)
+            Photo(sha256="0" * 64, width=1, height=1, **found)
+        except ValueError as error:
+            raise Unreadable(f"has {column} '{text}' in its metadata: give a number above 0") from error
+    return found
+
+
+def _mask(tree: Tree, beside: str | None, cleaned: Clean, rules: Rules) -> tuple[bytes | None, list[Refused]]:
+    """A picture's mask as a grey PNG, if it has one, and the mask file that could not be used."""
+    if rules.masks == "alpha":
+        return cleaned.opacity, []
+    if rules.masks == "ignore" or beside is None:
+        return None, []
+    try:
+        mask = clean(tree.read(beside), (255, 255, 255), rules.max_pixels)
+    except Unreadable as error:
+        return None, [Refused(file=beside, reason=str(error))]
+    if abs(mask.width * cleaned.height / mask.height - cleaned.width) > 0.01 * cleaned.width + 1:
+        here, there = f"{mask.width} x {mask.height}", f"{cleaned.width} x {cleaned.height}"
+        reason = f"is a mask of {here} pixels for a picture of {there}: give it the same shape"
+        return None, [Refused(file=beside, reason=reason)]
+    return grey(mask), []
+
+
 def _take(
-    taken: _Taken, file: str, cleaned: Clean, sha: str, labels: Labels, rules: Rules
+    taken: _Taken,
+    file: str,
+    cleaned: Clean,
+    sha: str,
+    labels: Labels,
+    rules: Rules,
+    training: dict[str, Any],
 ) -> Iterator[Event]:
     captions = labels.captions.get(file, [])
     if first := taken.photos.get(sha):
@@ -157,11 +215,12 @@ def _take(
         height=cleaned.height,
         captions=tuple(captions),
         split=split_of(file) or "train",
-        attributes={key: value for key, value in attributes.items() if key not in _FIELDS},
+        attributes={k: value for k, value in attributes.items() if k not in _FIELDS and k not in _NUMBERS},
         source=file,
         licence=fields.get("licence", rules.licence),
         attribution=fields.get("attribution", rules.attribution),
         consent=fields.get("consent", ""),
+        **training,
     )
     changes = list(_changes(cleaned, rules))
     taken.done.update(changes)
@@ -199,7 +258,7 @@ def _hold_out(photos: tuple[Photo, ...], rules: Rules) -> tuple[Photo, ...]:
 
     At least one is moved and at least one is left. A source that has a validation split keeps its own.
     """
-    train = [photo.sha256 for photo in photos if photo.split == "train"]
+    train = [photo.sha256 for photo in photos if photo.split == "train" and not photo.prior]
     has_own = any(photo.split == "validation" for photo in photos)
     if has_own or not rules.validation or len(train) < 2:
         return photos

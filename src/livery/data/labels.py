@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
 
+from livery.data.decode import EXTENSIONS
 from livery.data.source import Tree, Unreadable
 from livery.nouns import Refused, Split
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "captions")
+CLASS_FOLDER = "_class"
+"""Pictures below a folder of this name show the class, not the subject: DreamBooth's class photos."""
+MASKS = ("-masklabel.png", ".mask.png")
+"""Endings that make a file the mask of the picture with the same beginning: cat-masklabel.png of cat.jpg."""
 
 _SPLITS: dict[str, Split] = {
     "train": "train",
@@ -67,6 +72,26 @@ def split_of(name: str) -> Split | None:
         if split := _SPLITS.get(part.lower()):
             return split
     return None
+
+
+def shows_class(name: str) -> bool:
+    """Whether a picture's folders say that it shows the class: `brand/_class/dog.png`."""
+    return CLASS_FOLDER in (part.lower() for part in PurePosixPath(name).parts[:-1])
+
+
+def masks_of(names: Iterable[str]) -> dict[str, str]:
+    """Mask files by the picture that each belongs to, `cat.mask.png` and `cat.jpg.mask.png` alike.
+
+    A file whose picture is not there is no mask.
+    """
+    endings = {name: next((e for e in MASKS if name.lower().endswith(e)), "") for name in names}
+    pictures: dict[str, str] = {}
+    for name, ending in endings.items():
+        path = PurePosixPath(name)
+        if not ending and path.suffix.lower() in EXTENSIONS:
+            pictures |= {path.with_suffix("").as_posix(): name, name: name}
+    starts = {name: name[: -len(ending)] for name, ending in endings.items() if ending}
+    return {pictures[start]: name for name, start in starts.items() if start in pictures}
 
 
 def _read_sidecar(tree: Tree, sidecar: str, picture: str, labels: Labels) -> None:
