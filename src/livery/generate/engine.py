@@ -15,7 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from livery.models.backbone import Backbone, Conditioning
+from livery.models.checkpoint import quiet
 from livery.models.device import Precision, autocast
+from livery.models.noise import Flow
 from livery.nouns import LiveryError
 from livery.tuners.adapter_file import attach_adapter
 
@@ -30,6 +32,11 @@ SAMPLERS: Mapping[Sampler, str] = {
     "euler": "EulerDiscreteScheduler",  # Karras et al. 2022, arXiv:2206.00364, algorithm 2 without churn
     "euler-a": "EulerAncestralDiscreteScheduler",  # fresh noise in each step
 }
+FLOW_SAMPLERS: Mapping[Sampler, str] = {
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",  # Esser et al. 2024, arXiv:2403.03206: SD3's own
+}
+"""Those that suit rectified flow. DDIM is Euler there; fresh noise in each step would ignore the seeds."""
 
 
 class Engine:
@@ -86,11 +93,16 @@ class Engine:
 
     def _pipeline(self, sampler: Sampler) -> Any:
         """Diffusers' pipeline over the resident parts, with a scheduler of its own."""
-        if sampler not in SAMPLERS:
-            raise LiveryError(f"sampler '{sampler}' is not known: choose one of {', '.join(SAMPLERS)}.")
+        flow = isinstance(self.backbone.noise, Flow)
+        known = FLOW_SAMPLERS if flow else SAMPLERS
+        if sampler not in known:
+            what = "not one for rectified flow" if flow and sampler in SAMPLERS else "not known"
+            raise LiveryError(f"sampler '{sampler}' is {what}: choose one of {', '.join(known)}.")
         pipeline: Any = self.backbone.pipeline("text-to-image")
-        scheduler: Any = getattr(diffusers, SAMPLERS[sampler])
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        scheduler: Any = getattr(diffusers, known[sampler])
+        config = pipeline.scheduler.config
+        with quiet():  # each scheduler warns of settings that only others have
+            pipeline.scheduler = scheduler.from_config(config, **(_flow_settings(config) if flow else {}))
         return pipeline
 
     @torch.no_grad()
@@ -131,6 +143,15 @@ def _prompt_arguments(rows: Sequence[Conditioning], prefix: str = "") -> dict[st
     names = {"tokens": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
     parts = Conditioning.stack(rows).tensors()
     return {f"{prefix}{names[name]}": part for name, part in parts.items() if name in names}
+
+
+def _flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How diffusers' solvers are told of rectified flow; flow schedulers of their own do not read these."""
+    return {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": config["shift"],
+    }
 
 
 def _answer_in_fp32(module: torch.nn.Module, inputs: Any, answer: Any) -> Any:

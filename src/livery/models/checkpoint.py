@@ -152,11 +152,14 @@ def _variant(folder: Path, stem: str) -> str | None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars or load reports of the libraries: errors are ours to tell."""
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    levels = [(each, each.get_verbosity()) for each in (logging, diffusers_logging)]
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    for each, _ in levels:
+        each.set_verbosity_error()
     try:
         yield
     finally:
