@@ -163,7 +163,8 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for each, level in levels:
+            each.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 
