@@ -51,9 +51,11 @@ def test_missing_sources_are_refused(tmp_path: Path):
         load_backbone(tmp_path / "nowhere")
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(LiveryError, match="a file; livery reads base models from diffusers folders"):
+    with pytest.raises(LiveryError, match="not a safetensors file"):
         load_backbone(file)
-    with pytest.raises(LiveryError, match=r"only model\.safetensors"):
+    with pytest.raises(LiveryError, match="a file where a diffusers folder is wanted"):
+        SD1.load(file)
+    with pytest.raises(LiveryError, match=r"name the file itself, model\.safetensors"):
         load_backbone(tmp_path)
 
 

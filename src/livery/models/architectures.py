@@ -11,7 +11,7 @@ import importlib.resources
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
@@ -49,13 +49,15 @@ class Architecture:
     """A base model without its weights.
 
     `parts` maps what diffusers calls a part ("unet", "vae", "text_encoder", "tokenizer", "scheduler", ...) to
-    its configuration, with the class under "_class_name". `layout` names the key map of single files.
+    its configuration, with the class under "_class_name". `layout` names the key maps of single files;
+    `settings` is what the family takes beside the parts.
     """
 
     title: str
     family: str
     layout: str
     parts: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -181,8 +183,10 @@ def _fill(
             weight = torch.empty(empty.shape, device=device, dtype=dtype)
             _draw(weight, name, generator)
             setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            setattr(owner, name, buffer.to(device, dtype if buffer.is_floating_point() else None))
     tie(module)
-    return module.to(device=device, dtype=dtype)
+    return module
 
 
 def _draw(weight: Tensor, name: str, generator: torch.Generator) -> None:

@@ -88,6 +88,8 @@ class Backbone(ABC):
     """Side in pixels of the square pictures that the base was trained on."""
     sha256: str
     """Hash of the base's weights and configuration: the identity an adapter names."""
+    notes: tuple[str, ...] = ()
+    """What was assumed or left out when it was loaded, one sentence each."""
     home: torch.device | None = None
     """Where it computes while parts of it wait elsewhere; none = where the denoiser is."""
 

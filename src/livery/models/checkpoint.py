@@ -1,4 +1,4 @@
-"""Base models on disk: find a diffusers folder, check it, read its parts, and name its content.
+"""Base models as folders: find a diffusers folder, check it, read its parts, and name its content.
 
 Nothing here fetches anything unless the caller allows the network, and nothing reads a pickle.
 """
@@ -42,10 +42,12 @@ def find_folder(source: str | Path, *, allow_network: bool = False) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise LiveryError(f"{source}: a file; livery reads base models from diffusers folders, with {INDEX}")
+        raise LiveryError(f"{source}: a file where a diffusers folder is wanted; give a folder with {INDEX}")
     if _looks_like_hub_id(str(source)):
         return _from_hub(str(source), allow_network)
-    raise LiveryError(f"{source}: no such folder; give 'starter' or a diffusers folder, with {INDEX}")
+    raise LiveryError(
+        f"{source}: no such folder or file; give 'starter', a diffusers folder with {INDEX}, or a checkpoint"
+    )
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -88,10 +90,8 @@ def pipeline_name(folder: Path) -> str:
     """The diffusers pipeline class that the folder says it is."""
     if not (folder / INDEX).is_file():
         single = next((str(path.name) for path in sorted(folder.glob("*.safetensors"))), None)
-        found = f", only {single}" if single else ""
-        raise LiveryError(
-            f"{folder}: no {INDEX} in it{found}; livery reads base models from diffusers folders"
-        )
+        found = f"; name the file itself, {single}" if single else "; give a diffusers folder, or one file"
+        raise LiveryError(f"{folder}: no {INDEX} in it{found}")
     return str(read_json(folder, INDEX).get("_class_name", ""))
 
 

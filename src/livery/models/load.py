@@ -8,6 +8,7 @@ from pathlib import Path
 from livery import plugins
 from livery.models import checkpoint
 from livery.models.backbone import Backbone
+from livery.models.single_file import load_single_file
 from livery.nouns import LiveryError
 
 STARTER = "starter"
@@ -25,13 +26,17 @@ KNOWN = {
 def load_backbone(
     source: str | Path, family: str | None = None, device: str = "cpu", allow_network: bool = False
 ) -> Backbone:
-    """The base model that `source` names: "starter", a diffusers folder, or a hub id ("owner/name").
+    """The base model that `source` names: "starter", a diffusers folder, a single-file checkpoint
+    (.safetensors), or a hub id ("owner/name").
 
-    `family` is a registered name; by default it is read from the folder's model_index.json. A hub id is
-    fetched only when `allow_network`. Raises LiveryError when nothing is there or no family reads it.
+    `family` is a registered name; by default it is read from the folder's model_index.json, or told from the
+    file's tensors. A hub id is fetched only when `allow_network`. Raises LiveryError when nothing is there
+    or no family reads it.
     """
     if source == STARTER:
         source = starter_folder()
+    if (file := Path(source).expanduser()).is_file():
+        return load_single_file(file, family=family, device=device)
     folder = checkpoint.find_folder(source, allow_network=allow_network)
     return _family(folder, family).load(folder, device=device, allow_network=allow_network)
 
@@ -42,7 +47,7 @@ def starter_folder() -> Path:
     if not (folder / checkpoint.INDEX).is_file():
         raise LiveryError(
             "starter: the built-in base model is not in this installation; install livery from its wheel or "
-            "a full clone, or name a diffusers folder as the base"
+            "a full clone, or name a diffusers folder or a checkpoint file as the base"
         )
     return folder
 
