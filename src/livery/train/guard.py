@@ -32,16 +32,25 @@ def trouble(step: int, losses: Sequence[float], gradient: float, recipe: Recipe)
     for what, value in (("loss", losses[-1]), ("gradient", gradient)):
         if not math.isfinite(value):
             return step - 1, f"the {what} became {value} at step {step}"
-    before = losses[-WINDOW - IN_A_ROW : -IN_A_ROW]
-    if len(before) < ENOUGH:
-        return None
-    usual = median(before)
-    if usual > 0 and min(losses[-IN_A_ROW:]) > recipe.stop.explode * usual:
+    usual = _usual(losses)
+    if usual and min(losses[-IN_A_ROW:]) > recipe.stop.explode * usual:
         return step - IN_A_ROW, (
             f"the loss exploded after step {step - IN_A_ROW}: it is {losses[-1]:.3g}, more than "
             f"{recipe.stop.explode:g} times the {usual:.3g} of the steps before"
         )
     return None
+
+
+def suspect(losses: Sequence[float], recipe: Recipe) -> bool:
+    """Whether the last loss may be the first of an explosion: not a state to save as a good one."""
+    usual = _usual(losses)
+    return bool(usual) and losses[-1] > recipe.stop.explode * usual
+
+
+def _usual(losses: Sequence[float]) -> float:
+    """The median before the last steps; 0 when there are too few to tell."""
+    before = losses[-LOOKS_BACK:-IN_A_ROW]
+    return median(before) if len(before) >= ENOUGH else 0.0
 
 
 def advice(recipe: Recipe, precision: str) -> str:

@@ -123,7 +123,7 @@ class Session:
                 return
             yield from self._advance()
             yield from self._look()
-            if self._due(self._recipe.checkpoint_every):
+            if self._due(self._recipe.checkpoint_every) and not guard.suspect(self._losses(), self._recipe):
                 yield from self._save()
         if self._peers.leads:
             yield from self._finish()
@@ -134,7 +134,7 @@ class Session:
         self._pace.start()
         self._whole = False
         outcome = self._learner.step(self.step)
-        losses = [*(step.loss for step in self._steps[-guard.LOOKS_BACK :]), outcome.loss]
+        losses = [*self._losses(), outcome.loss]
         problem = guard.trouble(self.step + 1, losses, outcome.gradient, self._recipe)
         if problem:
             self._give_up(*problem)
@@ -146,6 +146,9 @@ class Session:
             yield Note(level="warning", text=slow)
         if self.step == min(self._recipe.stop.check_effect_at, self._recipe.steps):
             yield self._check_effect()
+
+    def _losses(self) -> list[float]:
+        return [step.loss for step in self._steps[-guard.LOOKS_BACK :]]
 
     def _check_effect(self) -> Note:
         found = effect.measure(self._learner, self._beginning)
