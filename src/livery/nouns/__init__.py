@@ -27,6 +27,7 @@ from livery.nouns.evaluation import (
 from livery.nouns.events import (
     Checked,
     Drawn,
+    Estimated,
     Evaluated,
     Event,
     Ingested,
@@ -50,10 +51,22 @@ from livery.nouns.recipe import (
     StopSpec,
 )
 from livery.nouns.recipe_file import read_recipe, recipe_toml
-from livery.nouns.training import Adapter, AdapterCard, Run, Sample, Saved, Step, Validation, with_trigger
+from livery.nouns.training import (
+    Adapter,
+    AdapterCard,
+    Estimate,
+    Run,
+    Sample,
+    Saved,
+    Step,
+    Validation,
+    with_trigger,
+)
 from livery.nouns.tuning import FullSpec, LowRankSpec, PluginSpec, TokensSpec, TunerSpec
 
-STORED: dict[str, type[Noun]] = {noun.__name__: noun for noun in (Dataset, Adapter, Run, Suite, Report)}
+STORED: dict[str, type[Noun]] = {
+    noun.__name__: noun for noun in (Dataset, Estimate, Adapter, Run, Suite, Report)
+}
 """The nouns that the store keeps, by name."""
 
 __all__ = [
@@ -65,6 +78,8 @@ __all__ = [
     "Dataset",
     "Difference",
     "Drawn",
+    "Estimate",
+    "Estimated",
     "Evaluated",
     "Event",
     "FullSpec",

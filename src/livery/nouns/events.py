@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from livery.nouns.base import Noun, Sha256, Share
 from livery.nouns.evaluation import Report
 from livery.nouns.pictures import Dataset
-from livery.nouns.training import Adapter, Run, Sample, Saved, Step, Validation
+from livery.nouns.training import Adapter, Estimate, Run, Sample, Saved, Step, Validation
 
 
 class Progress(Noun):
@@ -42,6 +42,13 @@ class Ingested(Noun):
 
     kind: Literal["ingested"] = "ingested"
     dataset: Dataset
+
+
+class Estimated(Noun):
+    """What a run will take was worked out."""
+
+    kind: Literal["estimated"] = "estimated"
+    estimate: Estimate
 
 
 class Trained(Noun):
@@ -108,6 +115,7 @@ Event = Annotated[
     | Sample
     | Saved
     | Ingested
+    | Estimated
     | Trained
     | Evaluated
     | Drawn

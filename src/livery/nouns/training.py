@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from livery.nouns.base import Noun, Sha256
-from livery.nouns.recipe import Recipe
+from livery.nouns.recipe import MemorySpec, Recipe
 
 
 class AdapterCard(Noun):
@@ -92,3 +92,30 @@ class Run(Noun):
     seconds: NonNegativeFloat
     peak_memory_bytes: NonNegativeInt
     device: str
+
+
+class Estimate(Noun):
+    """What a run will take, said before it begins. The `formula_` values are before correction."""
+
+    recipe: Sha256
+    dataset: Sha256
+    base: str
+    family: str
+    method: str = Field(description="the kinds of the tuners, joined by +")
+    device: str
+    memory: MemorySpec = Field(description="the plan: what 'auto' stands for here")
+    peak_memory_bytes: NonNegativeInt = Field(description="of the card on CUDA, else of the process")
+    memory_parts: dict[str, NonNegativeInt] = Field(description="what the peak is made of, before correction")
+    seconds: NonNegativeFloat = Field(description="the whole run, encoding and looks included")
+    step_seconds: NonNegativeFloat = Field(description="one optimiser step")
+    disk_bytes: NonNegativeInt = Field(description="cache, checkpoints and adapter")
+    kilowatt_hours: NonNegativeFloat
+    watts_from: str
+    price_per_hour: NonNegativeFloat | None = None
+    cost: NonNegativeFloat | None = None
+    probe_steps: NonNegativeInt = Field(default=0, description="steps that were measured; 0 = formula alone")
+    formula_bytes: NonNegativeInt
+    formula_seconds: NonNegativeFloat
+    earlier_runs: NonNegativeInt = Field(default=0, description="measured runs that corrected this")
+    memory_error: NonNegativeFloat = Field(description="share by which the peak may be off")
+    time_error: NonNegativeFloat = Field(description="share by which the time may be off")

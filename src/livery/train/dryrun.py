@@ -1,17 +1,18 @@
 """One training step without arithmetic: how much memory its tensors hold at once, and its multiplications.
 
-The real modules run forward and backward on fake tensors (shapes and dtypes, no content), so what
-autograd keeps, what checkpointing drops and what stored weights save is counted, not guessed. Seconds,
-and next to no memory, whatever the size of the model.
+A copy of the model on fake tensors (shapes and dtypes, no content) runs forward and backward, so what
+autograd keeps, what checkpointing drops and what stored weights save is counted, not guessed. It takes
+seconds, and next to no memory, whatever the size of the model.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from livery.models.backbone import Backbone, Conditioning
 from livery.models.device import Precision, autocast
-from livery.tuners.tuner import Attached
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes held at once, above what was there before, and floating point operations (2 per product)."""
+    """Bytes held at once, above what was there before; floating point operations, 2 per product; calls."""
 
     peak_bytes: int
     flops: int
+    operations: int
 
 
 class Holdings(TorchDispatchMode):
@@ -47,11 +50,12 @@ class Holdings(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.held = self.peak = self.operations = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in inputs:
@@ -74,43 +78,59 @@ class Holdings(TorchDispatchMode):
 
 
 @contextmanager
-def pretending() -> Generator[tuple[Holdings, FlopCounterMode]]:
-    """Operations inside compute nothing; real tensors may take part and do not change."""
-    holdings, flops = Holdings(), FlopCounterMode(display=False)
-    with FakeTensorMode(allow_non_fake_inputs=True), flops, holdings:
-        yield holdings, flops
+def shadow(backbone: Backbone) -> Generator[Backbone]:
+    """A copy of the backbone, and of what is attached to it, without content: same devices, shapes and
+    dtypes, no memory. Inside, every operation is on such tensors, and every change is the copy's own.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {}
+    for part in (backbone.vae, *backbone.modules().values()):
+        for param in part.parameters():
+            memo[id(param)] = nn.Parameter(mode.from_tensor(param.detach()), param.requires_grad)
+        for buffer in part.buffers():
+            memo[id(buffer)] = mode.from_tensor(buffer)
+    for tokenizer in backbone.tokenizers.values():
+        memo[id(tokenizer)] = tokenizer
+    copied = copy.deepcopy(backbone, memo)
+    with mode:
+        yield copied
 
 
-def step_work(
-    backbone: Backbone, attached: Attached, size: Size, precision: Precision, *, towers_train: bool
-) -> Work:
-    """Forward and backward of one batch, gradients included, the optimiser left out."""
-    before = {name: param.grad for name, param in attached.params.items()}
+def step_work(copied: Backbone, size: Size, precision: Precision, *, towers_train: bool) -> Work:
+    """Forward and backward of one batch in a shadow, gradients included, the optimiser left out."""
 
     def step() -> None:
         with torch.no_grad():
-            latents = _latents(backbone, size)
-            prompts = None if towers_train else _prompts(backbone, size.rows)
-        cells = latents[0, 0].numel()
-        with autocast(latents.device, precision, cells):
-            told = prompts or backbone.encode_prompts(["x"] * size.rows)
-            t = backbone.noise.sample_timesteps(size.rows).to(latents.device)
-            guess = backbone.predict(latents, t, told)
+            latents = _latents(copied, size)
+            prompts = None if towers_train else _prompts(copied, size.rows)
+        with autocast(latents.device, precision, latents[0, 0].numel()):
+            told = prompts or copied.encode_prompts(["x"] * size.rows)
+            t = copied.noise.levels(size.rows).to(latents.device)
+            guess = copied.predict(latents, t, told)
         (guess.float() - latents).square().mean().backward()
 
-    try:
-        return _measured(step)
-    finally:
-        for name, param in attached.params.items():
-            param.grad = before[name]
+    return _measured(step)
 
 
 @torch.no_grad()
-def caching_work(backbone: Backbone, size: Size) -> Work:
-    """Encoding one picture and one caption, as the cache is filled."""
-    pixels = _measured(lambda: backbone.encode_images(_zeros(backbone, (1, 3, size.height, size.width))))
-    words = _measured(lambda: backbone.encode_prompts(["x"]))
-    return Work(max(pixels.peak_bytes, words.peak_bytes), pixels.flops + words.flops)
+def caching_work(copied: Backbone, size: Size) -> Work:
+    """Encoding one picture and one caption in a shadow, as the cache is filled."""
+    pixels = torch.zeros(1, 3, size.height, size.width, device=copied.device)
+    picture = _measured(lambda: copied.encode_images(pixels))
+    words = _measured(lambda: copied.encode_prompts(["x"]))
+    return Work(
+        max(picture.peak_bytes, words.peak_bytes),
+        picture.flops + words.flops,
+        picture.operations + words.operations,
+    )
+
+
+def held_after(work: Callable[[], T]) -> tuple[T, int]:
+    """What the work returns, and the bytes of the tensors that it left behind."""
+    holdings = Holdings()
+    with holdings:
+        result = work()
+    return result, holdings.held
 
 
 def part_bytes(part: nn.Module) -> int:
@@ -119,21 +139,18 @@ def part_bytes(part: nn.Module) -> int:
 
 
 def _measured(work: Callable[[], Any]) -> Work:
-    with pretending() as (holdings, flops):
+    holdings, flops = Holdings(), FlopCounterMode(display=False)
+    with flops, holdings:
         result = work()
     del result
-    return Work(holdings.peak, flops.get_total_flops())
+    return Work(holdings.peak, flops.get_total_flops(), holdings.operations)
 
 
-def _zeros(backbone: Backbone, shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape, device=backbone.device)
+def _latents(copied: Backbone, size: Size) -> Tensor:
+    factor = copied.latent.factor
+    shape = (size.rows, copied.latent.channels, size.height // factor, size.width // factor)
+    return torch.zeros(shape, device=copied.device)
 
 
-def _latents(backbone: Backbone, size: Size) -> Tensor:
-    factor = backbone.latent.factor
-    shape = (size.rows, backbone.latent.channels, size.height // factor, size.width // factor)
-    return _zeros(backbone, shape)
-
-
-def _prompts(backbone: Backbone, rows: int) -> Conditioning:
-    return Conditioning.stack([backbone.encode_prompts(["x"])] * rows)
+def _prompts(copied: Backbone, rows: int) -> Conditioning:
+    return Conditioning.stack([copied.encode_prompts(["x"])] * rows)
