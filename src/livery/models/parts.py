@@ -168,17 +168,21 @@ class DiffusersBackbone(Backbone):
         answer = self.towers[tower](ids, output_hidden_states=True)
         return answer.hidden_states[-2], answer[0]
 
+    def components(self) -> dict[str, Any]:
+        """The parts by their names in a diffusers folder, as `__init__` takes them."""
+        return {
+            self.denoiser_part: self.denoiser,
+            "vae": self.vae,
+            **self.towers,
+            **{tower.replace("text_encoder", "tokenizer"): words for tower, words in self.tokenizers.items()},
+            "scheduler": self.scheduler,
+        }
+
     def pipeline(self, kind: PipelineKind = "text-to-image") -> DiffusionPipeline:
         with checkpoint.quiet():
             pipeline_kind: Any = getattr(diffusers, self.pipeline_kinds[kind])
-        tokenizers = {tokenizer_part(tower): words for tower, words in self.tokenizers.items()}
         pipe = pipeline_kind(
-            vae=self.vae,
-            **{self.denoiser_part: self.denoiser},
-            **self.towers,
-            **tokenizers,
-            scheduler=self._own_scheduler(),
-            **self._pipeline_options(kind),
+            **{**self.components(), "scheduler": self._own_scheduler()}, **self._pipeline_options(kind)
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -207,11 +211,6 @@ class DiffusersBackbone(Backbone):
             "latent": [spec.channels, spec.factor, spec.scale, spec.shift],
         }
         return checkpoint.fingerprint({"vae": self.vae, **self.modules()}, {**known, **facts})
-
-
-def tokenizer_part(tower: str) -> str:
-    """ "text_encoder_2" -> "tokenizer_2"."""
-    return tower.replace("text_encoder", "tokenizer")
 
 
 def check_channels(denoiser: Any, vae: Any, what: str, where: str) -> None:
