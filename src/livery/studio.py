@@ -119,8 +119,12 @@ class Studio:
         The same recipe on the same data and base is the same run: it goes on where it stopped.
         """
         from livery.train.loop import train
+        from livery.tuners.tuner import build
 
         dataset = self.store.get(Dataset, data)
+        recipe = recipe.fitted(sum(not photo.prior for photo in dataset.split("train")))
+        for spec in recipe.tuners:
+            build(spec)  # a kind that nobody registered is refused before any weight is read
         backbone = self._backbone(recipe.base, recipe.family)
         run_id = sha256_of({"recipe": recipe.id, "dataset": dataset.id, "base": backbone.sha256})
         for event in train(
@@ -425,8 +429,8 @@ class Studio:
     def _dataset_of(self, adapter: Adapter) -> Dataset:
         if adapter.card.dataset is None:
             raise LiveryError(
-                f"adapter {adapter.id[:12]} was not trained here ({adapter.card.origin}), so it has no dataset "
-                "to be compared with: evaluate an adapter that livery trained"
+                f"adapter {adapter.id[:12]} was not trained here ({adapter.card.origin}), so it has no "
+                "dataset to be compared with: evaluate an adapter that livery trained"
             )
         return self.store.get(Dataset, adapter.card.dataset)
 

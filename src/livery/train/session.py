@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from livery import __version__
 from livery.files import write_bytes
@@ -259,7 +260,7 @@ class Session:
         if self._saved == self.step:
             return
         state, folder = self._learner.state(), self._outlets.folder
-        broken = next((name for name, part in state.items() if not bool(torch.isfinite(part).all())), None)
+        broken = next((name for name, part in state.items() if _broken(name, part)), None)
         if broken:
             self._give_up(self.step - 1, f"{broken} holds numbers that are not finite at step {self.step}")
         chosen = self._chosen()
@@ -363,3 +364,8 @@ def _against_base(validations: Sequence[Validation], chosen: Validation) -> str:
 
 def _at(step: int, events: Sequence[Validation] | Sequence[Sample]) -> bool:
     return any(event.step == step for event in events)
+
+
+def _broken(name: str, part: Tensor) -> bool:
+    """Settings of the optimiser may be infinite (Prodigy's growth is unbounded); nothing else may."""
+    return not name.startswith("optimizer/group/") and not bool(torch.isfinite(part).all())
