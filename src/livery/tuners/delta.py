@@ -236,7 +236,7 @@ def _lokr(leaves: Mapping[str, Tensor]) -> Tensor:
     """The Kronecker product of w1 [a, c] and w2 [b, d(, h, w)]."""
     first = leaves["lokr_w1"] if "lokr_w1" in leaves else _pair(leaves, "lokr_w1", "")
     second = leaves["lokr_w2"] if "lokr_w2" in leaves else _pair(leaves, "lokr_w2", "lokr_t2")
-    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second.contiguous())
 
 
 def _pair(leaves: Mapping[str, Tensor], stem: str, core: str) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
 import livery
@@ -89,8 +90,19 @@ def _rank(layer: Layer) -> int:
 
 
 def _factor(mine: Mapping[str, Layer]) -> int | None:
-    """The size that the small factors have at most, when all of them may have come from one setting."""
-    return max(max(layer.leaves["lokr_w1"].shape) for layer in mine.values() if "lokr_w1" in layer.leaves)
+    """The setting from which peft makes small factors of these sizes; none is the most even split."""
+    sizes = {max(layer.leaves["lokr_w1"].shape) for layer in mine.values()}
+    for factor in (-1, *sorted(sizes)):
+        if all(_splits_so(layer.leaves, factor) for layer in mine.values()):
+            return None if factor == -1 else factor
+    return max(sizes)
+
+
+def _splits_so(leaves: Mapping[str, Tensor], factor: int) -> bool:
+    small = leaves["lokr_w1"].shape
+    whole = leaves.get("lokr_w2")
+    large = whole.shape[:2] if whole is not None else leaves["lokr_w2_a"].shape[:1]
+    return all(factorization(a * b, factor)[0] == a for a, b in zip(small, large, strict=False))
 
 
 def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
