@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from livery import store as store_module
-from livery.nouns import STORED, Dataset, LiveryError, Noun, Photo, Suite
+from livery.nouns import STORED, Adapter, Dataset, LiveryError, Noun, Photo, Suite, sha256_of
 from livery.store import BLOB_KEYS, Store, blobs_of, default_root
 
 NOUN_KEYS = {"id", "adapter", "base_sha256", "dataset", "embedder_sha256", "parent", "run", "suite"}
@@ -332,3 +332,20 @@ def test_nouns_are_frozen(store: Store) -> None:
     noun: Noun = store.find(store.put(dataset(store)))
     with pytest.raises(ValueError, match="frozen"):
         noun.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_an_adapter_of_an_older_livery_is_read_and_is_not_damaged(store: Store) -> None:
+    """Its recipe has the keys of version 1; it keeps the id that it was stored under."""
+    recipe = {"base": "starter", "warmup_steps": 7, "resolution": 96, "tuners": [{"kind": "lora", "rank": 4}]}
+    card = {"recipe": recipe, "family": "sd1", "base_sha256": "0" * 64, "dataset": "0" * 64}
+    body = {"sha256": store.put_blob(b"x"), "card": {**card, "livery_version": "0.1.0", "step": 3}}
+    noun_id = sha256_of(body)
+    with sqlite3.connect(store.root / "index.sqlite") as index:
+        row = (noun_id, "Adapter", "2026-01-01 00:00:00", json.dumps(body))
+        index.execute("INSERT INTO nouns VALUES (?, ?, ?, ?)", row)
+    assert list(store.verify()) == []
+    found = store.get(Adapter, noun_id).card.recipe
+    assert (found.optimizer.warmup_steps, found.pictures.resolutions) == (7, (96,))
+    with sqlite3.connect(store.root / "index.sqlite") as index:
+        index.execute("UPDATE nouns SET body = ?", (json.dumps(body).replace("sd1", "sd2"),))
+    assert "damaged" in "".join(store.verify())

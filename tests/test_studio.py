@@ -21,6 +21,7 @@ from livery.nouns import (
     Ingested,
     LiveryError,
     LowRankSpec,
+    PluginSpec,
     Recipe,
     Report,
     Run,
@@ -181,3 +182,11 @@ def test_the_global_random_state_is_left_alone(studio: Studio) -> None:
     torch.manual_seed(3)
     last(studio.generate(["a"], base=str(Path(studio.store.root).parent / "base"), steps=1))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_kind_that_nobody_registered_is_refused_before_the_base_is_read(home: Path) -> None:
+    studio = Studio(Store(home / "work"))
+    dataset = studio.list("Dataset")[0]
+    wrong = Recipe(base="nowhere", tuners=(PluginSpec(kind="lorra"),))
+    with pytest.raises(LiveryError, match="no tuner is called 'lorra': did you mean 'lora'"):
+        list(studio.train(wrong, dataset.id))

@@ -8,6 +8,7 @@ mentions, or a temporary file, which a later opening sweeps away.
 
 import hashlib
 import io
+import json
 import os
 import re
 import time
@@ -24,7 +25,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from livery.nouns import STORED, LiveryError, Noun, first_problem
+from livery.nouns import STORED, LiveryError, Noun, first_problem, sha256_of
 
 N = TypeVar("N", bound=Noun)
 
@@ -263,7 +264,7 @@ class Store:
         except LiveryError as error:
             yield f"{kind} {noun_id[:12]}: {error}"
             return
-        if noun.id != noun_id:
+        if sha256_of(json.loads(body)) != noun_id:  # a noun of an older version is brought to today's keys
             yield f"{kind} {noun_id[:12]}: damaged, its content is not what its id says"
         for sha in blobs_of(noun):
             if not self.has_blob(sha):
