@@ -14,7 +14,7 @@ from livery.nouns import LiveryError
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save writes a zip of pickles; older files are bare pickles
 CONVERT = (
-    "convert it where you trust it: python -c \"import torch, safetensors.torch as s; "
+    'convert it where you trust it: python -c "import torch, safetensors.torch as s; '
     "t = torch.load('FILE', weights_only=True); s.save_file(t, 'FILE.safetensors')\""
 )
 
