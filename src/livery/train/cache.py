@@ -30,7 +30,7 @@ from livery.train.checkpoint import write_tensors
 
 PREPARATION = 2
 """Raise when `shown_pixels` or an encoder's use changes: old entries are then left alone."""
-MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 32 << 20
 
 
 class TensorCache:
