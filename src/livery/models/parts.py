@@ -226,7 +226,7 @@ def check_channels(denoiser: Any, vae: Any, what: str, where: str) -> None:
 def check_width(reads: int, writes: int, what: str, where: str, by: str = "text_encoder") -> None:
     """Raises LiveryError when the denoiser reads text of another width than the towers write."""
     if reads != writes:
-        raise LiveryError(f"{where}: the {what} reads text {reads} wide but {by} writes {writes}")
+        raise LiveryError(f"{where}: the {what} reads text {reads} wide but {by} gives {writes}")
 
 
 def unet_step(unet: Any, factor: int) -> int:
