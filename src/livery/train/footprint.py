@@ -27,9 +27,8 @@ ALLOCATOR = 1.03
 """What allocators lose to rounding and gaps."""
 ROOM = 0.92
 """Of the free memory, what a plan may fill."""
-PLENTY = 8 << 30
-"""Free bytes, above 4 times the model's own, with which a CPU run is not looked at: that would take longer
-than it tells."""
+PLENTY = 2 << 30
+"""Free bytes, above `_at_most`, with which a CPU run is not looked at: it would take longer than it tells."""
 CHOICES: tuple[dict[str, str | bool], ...] = (
     {},
     {"offload": True},
@@ -140,7 +139,7 @@ def choose(recipe: Recipe, backbone: Backbone, dataset: Dataset) -> tuple[Memory
         return spec, ""
     plans = list(plans_for(recipe, backbone))
     free = free_memory_bytes(backbone.device)
-    if backbone.device.type == "cpu" and free > PLENTY + 4 * _all_bytes(backbone):
+    if backbone.device.type == "cpu" and free > PLENTY + _at_most(recipe, backbone):
         return plans[0], ""
     plan, needed = plans[0], 0
     with looked_at(recipe, backbone, dataset) as subject:
@@ -214,8 +213,10 @@ def _weights(backbone: Backbone, towers_train: bool) -> tuple[int, int]:
     return at_work, part_bytes(backbone.vae) + (0 if towers_train else sum(towers))
 
 
-def _all_bytes(backbone: Backbone) -> int:
-    return sum(part_bytes(part) for part in (backbone.vae, *backbone.modules().values()))
+def _at_most(recipe: Recipe, backbone: Backbone) -> int:
+    """A generous rule of thumb: copies, gradients and moments of all weights, and twice them per row."""
+    whole = sum(part_bytes(part) for part in (backbone.vae, *backbone.modules().values()))
+    return (6 + 2 * recipe.batch_size) * whole
 
 
 def _drop_gradients(backbone: Backbone) -> None:

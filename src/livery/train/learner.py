@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from livery.models.backbone import Backbone, Conditioning
 from livery.models.device import autocast, resolve
 from livery.models.noise import for_recipe
-from livery.nouns import LiveryError, Recipe
+from livery.nouns import LiveryError, MemorySpec, Recipe
 from livery.train.batches import Plan, Row, batches_of_step, random_of
 from livery.train.cache import Encodings
 from livery.train.ema import Ema
@@ -65,8 +65,10 @@ class Learner:
         encodings: Encodings,
         peers: Peers = ALONE,
         share: Callable[[int], float] | None = None,
+        memory: MemorySpec | None = None,
     ) -> None:
-        """`share` is the share of the full rate in step 0, 1, ...; default the recipe's schedule.
+        """`share` is the share of the full rate in step 0, 1, ...; default the recipe's schedule. `memory`
+        is the plan that the recipe's stands for.
 
         Raises LiveryError for what the optimiser, the base's noise or the device does not have.
         """
@@ -75,7 +77,7 @@ class Learner:
         self._share_of_rate = share or (lambda step: schedule(recipe, step))
         self.law = for_recipe(backbone.noise, recipe).to(backbone.device)
         self.params: Mapping[str, Parameter] = dict(attached.params)
-        self._fused = _fused(attached, recipe)
+        self._fused = _fused(attached, recipe, memory or recipe.memory)
         self._optimizers = (
             list(self._fused.optimizers.values())
             if self._fused
@@ -234,8 +236,8 @@ class Learner:
             yield
 
 
-def _fused(attached: Attached, recipe: Recipe) -> FusedBackward | None:
-    if not recipe.memory.fused_backward:
+def _fused(attached: Attached, recipe: Recipe, memory: MemorySpec) -> FusedBackward | None:
+    if not memory.fused_backward:
         return None
     return FusedBackward(
         attached.params,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -11,18 +12,33 @@ from PIL import Image
 
 from livery.files import write_bytes
 from livery.models.backbone import Backbone
-from livery.nouns import Dataset, Event, LiveryError, Note, Photo, Progress, Recipe, recipe_toml
+from livery.nouns import (
+    Dataset,
+    Event,
+    LiveryError,
+    MemorySpec,
+    Note,
+    Photo,
+    Progress,
+    Recipe,
+    recipe_toml,
+)
 from livery.train import checkpoint
 from livery.train.batches import Plan, held_out_row
 from livery.train.buckets import Framing
 from livery.train.cache import Encodings, TensorCache
 from livery.train.cache_folder import CLASS
+from livery.train.footprint import choose
 from livery.train.learner import Learner
+from livery.train.memory import applied, waiting
 from livery.train.parallel import ALONE, Peers
 from livery.train.prior import ClassPhotos
 from livery.train.session import Draw, Outlets, Score, Session
 from livery.train.validation import watched
 from livery.tuners.tuner import attach_all, build
+
+MEMORY = "memory.json"
+"""The memory plan of a run, in its folder."""
 
 
 def train(
@@ -76,24 +92,43 @@ def train(
     kept = cache or folder / "cache"
     drawn = ClassPhotos(kept / CLASS, backbone.sha256)
     peers.wait() if not peers.leads else None  # the first draws and encodes, the others find it done
-    photos = yield from drawn.complete(dataset.split("train"), recipe.prior, draw)
-    plan = Plan(photos, recipe, framing)
-    store, read = TensorCache(kept), drawn.reading(pixels)
-    encodings = Encodings(backbone, store, read, recipe.pictures, towers_train=towers_train)
-    for progress in _encode(plan, dataset, framing, encodings):
-        yield progress
-        if peers.count == 1 and should_stop():
-            yield Note(text="Stopped before the first step; what was encoded is kept.")
-            return
-    peers.wait() if peers.leads else None
-    attached = attach_all(tuners, backbone, recipe.seed)
-    try:
-        learner = Learner(recipe, backbone, attached, plan, encodings, peers)
-        outlets = Outlets(folder, put_blob, draw, score)
-        session = Session(identity, dataset, learner, outlets, peers, clock)
-        yield from session.run(found, began, should_stop)
-    finally:
-        attached.undo()
+    memory, why = _settled(recipe, backbone, dataset, folder if found or not peers.leads else None)
+    if why:
+        yield Note(text=why)
+    if peers.leads:
+        write_bytes(folder / MEMORY, memory.model_dump_json().encode())
+    with waiting(backbone, memory, towers_train=towers_train) as seats:
+        draw = seats.drawing(draw) if seats and draw else draw
+        photos = yield from drawn.complete(dataset.split("train"), recipe.prior, draw)
+        plan = Plan(photos, recipe, framing)
+        store, read = TensorCache(kept), drawn.reading(pixels)
+        encodings = Encodings(backbone, store, read, recipe.pictures, towers_train=towers_train)
+        for progress in _encode(plan, dataset, framing, encodings):
+            yield progress
+            if peers.count == 1 and should_stop():
+                yield Note(text="Stopped before the first step; what was encoded is kept.")
+                return
+        peers.wait() if peers.leads else None
+        attached = attach_all(tuners, backbone, recipe.seed)
+        try:
+            with applied(backbone, memory):
+                learner = Learner(recipe, backbone, attached, plan, encodings, peers, memory=memory)
+                outlets = Outlets(folder, put_blob, draw, score)
+                session = Session(identity, dataset, learner, outlets, peers, clock)
+                yield from session.run(found, began, should_stop)
+        finally:
+            attached.undo()
+
+
+def _settled(
+    recipe: Recipe, backbone: Backbone, dataset: Dataset, before: Path | None
+) -> tuple[MemorySpec, str]:
+    """The memory plan, and why. A run that goes on keeps its own (from the folder `before`), however much is
+    free today: its bits hang on it.
+    """
+    if before and (before / MEMORY).is_file():
+        return MemorySpec.parse(json.loads((before / MEMORY).read_text()), str(before / MEMORY)), ""
+    return choose(recipe, backbone, dataset)
 
 
 def _require_photos(dataset: Dataset) -> None:
