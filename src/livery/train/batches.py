@@ -13,13 +13,13 @@ with a part of a batch, drawn from the seed, counted as filled.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from livery.nouns import LiveryError, Photo, Recipe
 from livery.train.buckets import Framing, Shown, cover
@@ -186,12 +186,12 @@ def _maybe_mirrored(shown: Shown, recipe: Recipe, random: torch.Generator) -> Sh
 def _at(shown: Sequence[Shown], seed: int, name: str, place: int) -> Shown:
     """Number `place` of an endless row in which all come once, in a new order, then all again."""
     epoch, within = divmod(place, len(shown))
-    return shown[int(_order(len(shown), seed, name, epoch)[within])]
+    return shown[_order(len(shown), seed, name, epoch)[within]]
 
 
 @lru_cache(maxsize=128)
-def _order(count: int, seed: int, name: str, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=random_of(seed, name, epoch), dtype=torch.int32)
+def _order(count: int, seed: int, name: str, epoch: int) -> array[int]:
+    return array("I", torch.randperm(count, generator=random_of(seed, name, epoch)).tolist())
 
 
 # ----------------------------------------------------------------------------- what is shown at which size

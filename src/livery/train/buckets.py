@@ -38,6 +38,11 @@ class View:
         """The share of the picture that is not shown: 0 to 1."""
         return 1 - self.width * self.height / (self.resized[0] * self.resized[1])
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All that makes the view: for names."""
+        return self.width, self.height, *self.resized, self.left, self.top, int(self.flipped)
+
     def mirrored(self) -> View:
         """The same pixels mirrored. Its `left` is that of the cut in the mirrored picture."""
         left = self.resized[0] - self.width - self.left

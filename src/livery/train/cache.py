@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -185,7 +185,7 @@ class Encodings:
         return self._backbone.encode_images(pixels[None].to(self._backbone.device))
 
     def _latents_name(self, one: Shown) -> str:
-        return sha256_of([PREPARATION, self._eye, one.photo.sha256, *astuple(one.view)])
+        return sha256_of([PREPARATION, self._eye, one.photo.sha256, *one.view.numbers])
 
     def _masked(self, one: Shown) -> bool:
         return self._pictures.masks == "loss" and one.photo.mask is not None
@@ -193,7 +193,7 @@ class Encodings:
     def _mask(self, one: Shown) -> Tensor:
         mask = one.photo.model_copy(update={"sha256": one.photo.mask})
         factor = self._backbone.latent.factor
-        name = sha256_of([PREPARATION, factor, mask.sha256, *astuple(one.view)])
+        name = sha256_of([PREPARATION, factor, mask.sha256, *one.view.numbers])
         return self._cache.get(
             "masks", name, lambda: {"mask": shown_mask(self._pixels(mask), one.view, factor)}
         )["mask"]
