@@ -43,7 +43,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON event per line, f
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Network = Annotated[bool, typer.Option("--allow-network", help="Let a hub id be downloaded.")]
 Masks = Literal["ignore", "alpha", "files"]
-Kind = Literal["Dataset", "Adapter", "Run", "Suite", "Report"]
+Format = Literal["livery", "diffusers", "kohya", "embedding", "learned_embeds", "checkpoint", "folder"]
+Dtype = Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the tensors in the file.")]
+MaxHours = Annotated[
+    float | None, typer.Option(min=0, help="Estimate first, and refuse a run that would take longer.")
+]
+MaxCost = Annotated[
+    float | None, typer.Option(min=0, help="Estimate first, and refuse a run that would cost more.")
+]
+Price = Annotated[
+    float | None, typer.Option(min=0, help="Of an hour of this machine. [default: a usual rent of its card]")
+]
+Kind = Literal["Dataset", "Estimate", "Adapter", "Run", "Suite", "Report"]
 
 
 @app.command()
@@ -122,6 +133,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from the last checkpoint, or begin again.")
     ] = True,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
+    price: Price = None,
     device: Device = "auto",
     allow_network: Network = False,
     workspace: Workspace = None,
@@ -129,7 +143,31 @@ def train(
 ) -> None:
     """Train an Adapter on a Dataset. The same recipe on the same data goes on where it stopped."""
     chosen = choose_recipe(recipe, preset, base)
-    _show(_studio(workspace, device, allow_network).train(chosen, data, resume=resume), as_json)
+    studio = _studio(workspace, device, allow_network)
+    events = studio.train(chosen, data, resume=resume, max_hours=max_hours, max_cost=max_cost, price=price)
+    _show(events, as_json)
+
+
+@app.command()
+def estimate(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")
+    ] = None,
+    data: Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")] = ...,  # pyright: ignore[reportArgumentType]
+    preset: Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="starter, a diffusers folder, or a hub id; overrides the recipe.")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure 20 steps of the run first.")] = False,
+    price: Price = None,
+    device: Device = "auto",
+    allow_network: Network = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a training will take before it begins: memory, time, disk, energy, money."""
+    studio = _studio(workspace, device, allow_network)
+    _show(studio.estimate(choose_recipe(recipe, preset, base), data, probe=probe, price=price), as_json)
 
 
 @app.command()
@@ -200,12 +238,86 @@ def report(
 @app.command()
 def export(
     adapter: Annotated[str, typer.Argument(help="Id or alias.")],
-    path: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    path: Annotated[Path, typer.Argument(help="The file to write; for some formats a folder.")],
+    form: Annotated[Format, typer.Option("--format", "-f", help="See docs/formats.md.")] = "livery",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="First bring every layer to plain LoRA of this rank.")
+    ] = None,
+    dtype: Dtype = "fp32",
+    fold_alpha: Annotated[
+        bool, typer.Option("--fold-alpha", help="diffusers: for readers that ignore alpha.")
+    ] = False,
+    tags: Annotated[bool, typer.Option("--tags", help="Tell how often each caption tag occurs.")] = False,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter as a file that diffusers' load_lora_weights reads."""
-    _show([_studio(workspace).export(adapter, path)], as_json)
+    """Write an adapter for another tool; the file is read back and compared."""
+    events = _studio(workspace).export(
+        adapter, path, format=form, rank=rank, dtype=dtype, fold_alpha=fold_alpha, tags=tags
+    )
+    _show(events, as_json)
+
+
+@app.command("import-adapter")
+def import_adapter(
+    path: Annotated[Path, typer.Argument(help="A LoRA, LoHa, LoKr or Textual Inversion file.")],
+    base: Annotated[str, typer.Option(help="The base model it was made for.")] = "starter",
+    word: Annotated[str, typer.Option(help="Textual Inversion: the new word. [default: the name]")] = "",
+    rank: Annotated[int | None, typer.Option(min=1, help="Make it a plain LoRA of this rank.")] = None,
+    allow_network: Network = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read another tool's adapter file into an Adapter."""
+    studio = _studio(workspace, allow_network=allow_network)
+    _show(studio.import_adapter(path, base=base, word=word, rank=rank), as_json)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="Ids or aliases, of one base.")],
+    weights: Annotated[
+        list[float] | None, typer.Option("--weight", help="One for each adapter, in order. [default: 1]")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result. [default: exact]")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Write a model: a .safetensors checkpoint, or a diffusers folder.")
+    ] = None,
+    dtype: Dtype = "fp32",
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add adapters up into one, or into their base's own weights."""
+    events = _studio(workspace).merge(adapters, weights=weights or (), rank=rank, into=into, dtype=dtype)
+    _show(events, as_json)
+
+
+@app.command()
+def extract(
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a folder, a file, or a hub id.")],
+    base: Annotated[str, typer.Option(help="The model it was made from.")] = "starter",
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 16,
+    towers: Annotated[
+        bool, typer.Option("--towers/--no-towers", help="Also what the text encoders learnt.")
+    ] = True,
+    allow_network: Network = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take what a fine-tuned model learnt over its base as a LoRA."""
+    studio = _studio(workspace, allow_network=allow_network)
+    _show(studio.extract(tuned, base=base, rank=rank, towers=towers), as_json)
+
+
+@app.command()
+def resize(
+    adapter: Annotated[str, typer.Argument(help="Id or alias.")],
+    rank: Annotated[int, typer.Option(min=1, help="The new rank.")] = ...,  # pyright: ignore[reportArgumentType]
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring an adapter to a lower rank, and say how much each layer keeps."""
+    _show(_studio(workspace).resize(adapter, rank), as_json)
 
 
 @app.command()

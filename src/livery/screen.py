@@ -74,7 +74,13 @@ class Screen:
                 self._line(escape(text), "yellow" if level == "warning" else "bold")
             case nouns.Refused(file=file, reason=reason):
                 self._line(f"refused {escape(file)}: {escape(reason)}", "red")
-            case nouns.Ingested(dataset=noun) | nouns.Trained(adapter=noun) | nouns.Evaluated(report=noun):
+            case (
+                nouns.Estimated(estimate=noun)
+                | nouns.Ingested(dataset=noun)
+                | nouns.Made(adapter=noun)
+                | nouns.Trained(adapter=noun)
+                | nouns.Evaluated(report=noun)
+            ):
                 self._console.print(card(noun))
             case nouns.Reduced():
                 self._console.print(reduced_table(event))
@@ -115,6 +121,23 @@ def _rows(noun: Noun) -> Iterable[tuple[str, str]]:
             yield "licences", _listed({photo.licence or "not said" for photo in noun.photos})
             yield "attribution", _listed({photo.attribution for photo in noun.photos} - {""})
             yield "notes", "; ".join(noun.notes)
+        case nouns.Estimate():
+            yield "device", noun.device
+            held = f"{noun.peak_memory_bytes / 1e9:.2f} GB, give or take {noun.memory_error:.0%}"
+            yield "peak memory", held
+            parts = sorted(noun.memory_parts.items(), key=lambda part: -part[1])
+            yield "made of", ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts if size)
+            yield "memory plan", noun.memory.model_dump_json(exclude={"mode"}, exclude_defaults=True)
+            yield (
+                "time",
+                f"{_time(noun.seconds)} ({noun.step_seconds:.3g} s a step), to {noun.time_error:.0%}",
+            )
+            yield "disk", f"{noun.disk_bytes / 1e6:.0f} MB"
+            yield "energy", f"{noun.kilowatt_hours:.3g} kWh ({noun.watts_from})"
+            cost = "not known: give --price" if noun.cost is None else f"{noun.cost:.2f}"
+            yield "money", f"{cost} at {noun.price_per_hour:g} an hour" if noun.price_per_hour else cost
+            known = f"{noun.probe_steps} measured steps" if noun.probe_steps else "a formula"
+            yield "from", f"{known}, corrected by {noun.earlier_runs} runs" if noun.earlier_runs else known
         case nouns.Adapter(card=facts):
             yield "base", f"{facts.recipe.base} ({facts.family}, {facts.base_sha256[:12]})"
             yield "dataset", (facts.dataset or "not known")[:12]
@@ -142,6 +165,16 @@ def _rows(noun: Noun) -> Iterable[tuple[str, str]]:
             yield "style prompts", str(len(noun.style_prompts))
         case _:
             yield "content", noun.model_dump_json()
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _listed(values: set[str]) -> str:

@@ -5,8 +5,10 @@ Methods import the rooms they need when they are called, so a door that only pri
 
 from __future__ import annotations
 
+import datetime
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,16 @@ from typing import TYPE_CHECKING, Literal
 from livery.files import write_bytes
 from livery.nouns import (
     Adapter,
+    AdapterCard,
     Dataset,
     Drawn,
+    Estimate,
+    Estimated,
     Evaluated,
     Event,
     Ingested,
     LiveryError,
+    Made,
     Note,
     Noun,
     Photo,
@@ -40,6 +46,7 @@ from livery.nouns import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from livery.doctor import Finding
     from livery.evaluate.embedder import ClipEmbedder
@@ -50,6 +57,7 @@ if TYPE_CHECKING:
     from livery.presets import Preset
     from livery.store import Store
     from livery.train.cache_folder import CacheState
+    from livery.tuners.making import Held
 
 DEMO_ALIAS = "demo"
 
@@ -62,6 +70,7 @@ class Studio:
         self.store = store
         self._device, self._allow_network = device, allow_network
         self._loaded: tuple[str, Backbone] | None = None
+        self._loaded_sha256 = ""
 
     # ------------------------------------------------------------------------- data
 
@@ -104,20 +113,63 @@ class Studio:
         """The noun with this id, beginning of an id, or alias."""
         return self.store.find(reference)
 
-    def list(self, kind: Literal["Dataset", "Adapter", "Run", "Suite", "Report"]) -> tuple[Noun, ...]:
+    def list(
+        self, kind: Literal["Dataset", "Estimate", "Adapter", "Run", "Suite", "Report"]
+    ) -> tuple[Noun, ...]:
         """All nouns of one kind, newest first."""
         kinds: dict[str, type[Noun]] = {
-            noun.__name__: noun for noun in (Dataset, Adapter, Run, Suite, Report)
+            noun.__name__: noun for noun in (Dataset, Estimate, Adapter, Run, Suite, Report)
         }
         return self.store.list(kinds[kind])
 
     # ------------------------------------------------------------------------- train
 
-    def train(self, recipe: Recipe, data: str, *, resume: bool = True) -> Iterator[Event]:
+    def estimate(
+        self, recipe: Recipe, data: str, *, probe: bool = False, price: float | None = None
+    ) -> Iterator[Event]:
+        """What training this recipe on this Dataset will take; the last event is Estimated.
+
+        `probe` measures 20 steps of it; `price` is what an hour of this machine costs, in any currency.
+        Runs of the same kind that were estimated before they were done correct the numbers.
+        """
+        from livery.train.estimate import Probe, estimate
+
+        dataset = self.store.get(Dataset, data)
+        recipe = recipe.fitted(sum(not photo.prior for photo in dataset.split("train")))
+        backbone = self._backbone(recipe.base, recipe.family)
+        measured: Probe | None = None
+        if probe:
+            from livery.train.probe import probe as probing
+
+            for event in probing(recipe, backbone, dataset, self._pixels, self.store.root / "cache"):
+                if isinstance(event, Probe):
+                    measured = event
+                else:
+                    yield event
+            backbone = self._backbone(recipe.base, recipe.family)
+        found = estimate(
+            recipe, backbone, dataset, earlier=self._earlier(), probe=measured, price_per_hour=price
+        )
+        self.store.put(found)
+        yield Estimated(estimate=found)
+
+    def train(
+        self,
+        recipe: Recipe,
+        data: str,
+        *,
+        resume: bool = True,
+        max_hours: float | None = None,
+        max_cost: float | None = None,
+        price: float | None = None,
+    ) -> Iterator[Event]:
         """A recipe and a Dataset become an Adapter; the last event is Trained.
 
-        The same recipe on the same data and base is the same run: it goes on where it stopped.
+        The same recipe on the same data and base is the same run: it goes on where it stopped. With
+        `max_hours` or `max_cost` it is estimated first, and a run above them raises LiveryError; `price` is
+        what an hour of this machine costs.
         """
+        from livery.train.estimate import compared, refuse
         from livery.train.loop import train
         from livery.tuners.tuner import build
 
@@ -125,6 +177,11 @@ class Studio:
         recipe = recipe.fitted(sum(not photo.prior for photo in dataset.split("train")))
         for spec in recipe.tuners:
             build(spec)  # a kind that nobody registered is refused before any weight is read
+        if max_hours is not None or max_cost is not None:
+            for event in self.estimate(recipe, data, price=price):
+                yield event
+                if isinstance(event, Estimated):
+                    refuse(event.estimate, max_hours, max_cost)
         backbone = self._backbone(recipe.base, recipe.family)
         run_id = sha256_of({"recipe": recipe.id, "dataset": dataset.id, "base": backbone.sha256})
         for event in train(
@@ -141,15 +198,118 @@ class Studio:
             if isinstance(event, Trained):
                 self.store.put(event.adapter)
                 self.store.put(event.run)
+                if estimated := self._estimates().get((event.run.recipe.id, event.run.dataset)):
+                    yield Note(text=compared(estimated, event.run))
             yield event
             if isinstance(event, Step):
                 yield Progress(stage="train", done=event.step, total=recipe.steps)
 
-    def export(self, adapter: str, path: Path) -> Written:
-        """Copy an adapter's file: safetensors that diffusers' `load_lora_weights` reads."""
+    # ------------------------------------------------------------------------- files of other tools
+
+    def export(
+        self,
+        adapter: str,
+        path: Path,
+        *,
+        format: str = "livery",  # noqa: A002, as everybody calls it
+        rank: int | None = None,
+        dtype: str = "fp32",
+        fold_alpha: bool = False,
+        tags: bool = False,
+    ) -> Iterator[Event]:
+        """An adapter as a file for another tool, read back and compared before it gets its name.
+
+        "livery" copies the file as it is, which diffusers reads too where it is a LoRA. `rank` brings other
+        kinds to plain LoRA; `tags` tells the counts of caption tags. The last event is Written.
+        """
         found = self.store.get(Adapter, adapter)
-        write_bytes(path, self.store.read_blob(found.sha256))
-        return Written(what="adapter", path=str(path))
+        if format == "livery":
+            write_bytes(path, self.store.read_blob(found.sha256))
+            yield Written(what="adapter", path=str(path))
+            return
+        from livery.tuners.export import Style, export_adapter
+
+        held = self._held(found)
+        counts = self._tags(found) if tags else None
+        style = Style(rank=rank, dtype=dtype, fold_alpha=fold_alpha, date=today(), tags=counts)
+        base = self._backbone(found.card.recipe.base, found.card.family)
+        yield from export_adapter(path, held.card, held.state, base, format, style)
+
+    def import_adapter(
+        self, path: Path, *, base: str = "starter", word: str = "", rank: int | None = None
+    ) -> Iterator[Event]:
+        """A LoRA, LoHa, LoKr or Textual Inversion file of any tool becomes an Adapter of this base.
+
+        `word` is what a Textual Inversion file teaches, by default its name; `rank` makes a plain LoRA of
+        another kind. The last event is Made.
+        """
+        from livery.tuners.importing import import_adapter
+
+        backbone = self._backbone(base)
+        card, state, content = import_adapter(path, backbone, base=base, word=word, rank=rank)
+        strange = "".join(f", {name}" for name in content.unmatched[:5])
+        yield Note(
+            level="warning" if content.unmatched else "info",
+            text=f"{content.matched} tensors matched, {len(content.unmatched)} not{strange}",
+        )
+        yield self._keep_adapter(card, state)
+
+    def merge(
+        self,
+        adapters: Sequence[str],
+        *,
+        weights: Sequence[float] = (),
+        rank: int | None = None,
+        into: Path | None = None,
+        dtype: str = "fp32",
+    ) -> Iterator[Event]:
+        """Adapters of one base, each times its weight, as one; the last event is Made.
+
+        Exactly, or at a given `rank`. With `into` instead as a model of their own: a checkpoint file, or a
+        diffusers folder; the last event is Written.
+        """
+        from livery.tuners.making import check_bases, merge_adapters
+        from livery.tuners.merging import write_merged
+
+        strengths = list(weights) or [1.0] * len(adapters)
+        if not adapters or len(strengths) != len(adapters):
+            raise LiveryError(f"{len(adapters)} adapters and {len(strengths)} weights: give one for each")
+        held = [self._held(self.store.get(Adapter, each)) for each in adapters]
+        base = held[0].card.recipe.base
+        backbone = self._backbone(base, held[0].card.family)
+        items = list(zip(held, strengths, strict=True))
+        if into is not None:
+            check_bases(held, backbone)
+            yield from write_merged(into, backbone, [(each.layers, w) for each, w in items], dtype)
+            return
+        card, state, report = merge_adapters(items, backbone, base, rank)
+        yield from [report] if report else []
+        yield self._keep_adapter(card, state)
+
+    def extract(
+        self, tuned: str, *, base: str = "starter", rank: int = 16, towers: bool = True
+    ) -> Iterator[Event]:
+        """What a fine-tuned model learnt over its base, as a LoRA of this rank; the last event is Made."""
+        from livery.models.load import load_backbone
+        from livery.tuners.making import extract_adapter
+
+        backbone = self._backbone(base)
+        other = load_backbone(tuned, backbone.family, self._place(), self._allow_network)
+        card, state, report = extract_adapter(other, tuned, backbone, base, rank, towers=towers)
+        yield from [report] if report else []
+        yield self._keep_adapter(card, state)
+
+    def resize(self, adapter: str, rank: int) -> Iterator[Event]:
+        """An adapter at a lower rank, as plain LoRA, and how much each layer kept; the last event is Made."""
+        from livery.tuners.making import resize_adapter
+
+        held = self._held(self.store.get(Adapter, adapter))
+        base = held.card.recipe.base
+        card, state, report = resize_adapter(held, self._backbone(base, held.card.family), base, rank)
+        yield from [report] if report else []
+        yield self._keep_adapter(card, state)
+
+    # ------------------------------------------------------------------------- caches
 
     def cache(self, *, clear: bool = False, limit: str | None = None) -> CacheState:
         """What the encodings of pictures and captions take on disk; `limit` ("20G") holds from now on.
@@ -337,14 +497,28 @@ class Studio:
     # ------------------------------------------------------------------------- inside
 
     def _backbone(self, base: str, family: str | None = None) -> Backbone:
-        """The base model, kept for the next call: loading is slow."""
-        if self._loaded is None or self._loaded[0] != base:
+        """The base model, kept for the next call: loading is slow.
+
+        One whose weights a memory plan has rounded has another hash than when it was loaded: it is read anew.
+        """
+        if self._loaded is None or self._loaded[0] != base or self._loaded[1].sha256 != self._loaded_sha256:
             from livery.models.load import load_backbone
 
             self._loaded = None  # let go of the other base before this one takes its memory
             backbone = load_backbone(base, family, self._place(), self._allow_network)
-            self._loaded = (base, backbone)
+            self._loaded, self._loaded_sha256 = (base, backbone), backbone.sha256
         return self._loaded[1]
+
+    def _estimates(self) -> dict[tuple[str, str], Estimate]:
+        """The newest estimate of each (recipe, dataset)."""
+        found = reversed(self.store.list(Estimate))
+        return {(one.recipe, one.dataset): one for one in found}
+
+    def _earlier(self) -> Sequence[tuple[Estimate, Run]]:
+        """Estimates and the runs that followed, newest first."""
+        known = self._estimates()
+        runs = [run for run in self.store.list(Run) if (run.recipe.id, run.dataset) in known]
+        return [(known[run.recipe.id, run.dataset], run) for run in runs]
 
     def _place(self) -> str:
         if self._device != "auto":
@@ -426,6 +600,28 @@ class Studio:
         )
         return report.model_copy(update={"html": self.store.put_blob(page.encode())})
 
+    def _held(self, adapter: Adapter) -> Held:
+        """An adapter with its tensors."""
+        from livery.tuners.adapter_file import read_adapter
+        from livery.tuners.making import Held
+
+        _, state = read_adapter(self.store.blob_path(adapter.sha256))
+        return Held(adapter.id[:12], adapter.card, state)
+
+    def _keep_adapter(self, card: AdapterCard, state: Mapping[str, Tensor]) -> Made:
+        from livery.tuners.adapter_file import adapter_bytes
+
+        adapter = Adapter(sha256=self.store.put_blob(adapter_bytes(card, state)), card=card)
+        self.store.put(adapter)
+        return Made(adapter=adapter)
+
+    def _tags(self, adapter: Adapter) -> dict[str, int]:
+        """How often each tag stands in the captions that an adapter was trained on."""
+        separator = adapter.card.recipe.captions.separator
+        photos = self._dataset_of(adapter).split("train")
+        tags = [tag.strip() for p in photos for caption in p.captions for tag in caption.split(separator)]
+        return dict(Counter(filter(None, tags)))
+
     def _dataset_of(self, adapter: Adapter) -> Dataset:
         if adapter.card.dataset is None:
             raise LiveryError(
@@ -452,3 +648,8 @@ def choose_recipe(path: Path | None, preset: str | None, base: str | None) -> Re
 def slug(text: str) -> str:
     """Lower-case letters, digits and dashes, at most 40: safe in any file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
+
+
+def today() -> str:
+    """The date, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

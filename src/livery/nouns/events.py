@@ -59,6 +59,13 @@ class Trained(Noun):
     run: Run
 
 
+class Made(Noun):
+    """An adapter came about without training: imported, merged, extracted or resized."""
+
+    kind: Literal["made"] = "made"
+    adapter: Adapter
+
+
 class Evaluated(Noun):
     """Evaluation ended: the Report it made."""
 
@@ -117,6 +124,7 @@ Event = Annotated[
     | Ingested
     | Estimated
     | Trained
+    | Made
     | Evaluated
     | Drawn
     | Reduced

@@ -121,7 +121,7 @@ def _card(path: Path, metadata: Mapping[str, str]) -> AdapterCard:
     if CARD not in metadata:
         raise LiveryError(
             f"{path}: has no livery card, so it is a plain LoRA or another kind of weights; its base and "
-            "recipe are not known; bring it in with `livery import`, which asks for its base"
+            "recipe are not known; bring it in with `livery import-adapter`, which asks for its base"
         )
     try:
         card = json.loads(metadata[CARD])

@@ -12,6 +12,7 @@ from livery.nouns import Checked, LiveryError
 from livery.tuners.delta import Layer, deltas
 from livery.tuners.formats.content import Content
 
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROUNDING: Mapping[str, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2}
 """Largest difference that passes, as a share of a layer's largest change: a few roundings of its factors."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor
@@ -25,26 +25,34 @@ def derived_card(
     *,
     base: str,
     origin: str,
-    like: AdapterCard | None = None,
+    like: Sequence[AdapterCard] = (),
     trigger: str = "",
 ) -> AdapterCard:
     """A card that says how the adapter came about; its recipe tells the tuners, and nothing of a training.
 
-    `like` is the adapter that it was made from: trigger words, licences and credits go with it.
+    `like` is the adapters that it was made from: their trigger words, licences and credits go with it.
     """
-    trigger = like.recipe.trigger if like else trigger
+    triggers = _all(card.recipe.trigger for card in like) if like else _all([trigger])
+    datasets = {card.dataset for card in like}
     return AdapterCard(
-        recipe=Recipe(base=base, family=backbone.family, tuners=specs(found, words), trigger=trigger),
+        recipe=Recipe(
+            base=base, family=backbone.family, tuners=specs(found, words), trigger=", ".join(triggers)
+        ),
         family=backbone.family,
         base_sha256=backbone.sha256,
-        dataset=like.dataset if like else None,
+        dataset=datasets.pop() if len(datasets) == 1 else None,
         origin=origin,
-        trigger_words=like.trigger_words if like else ((trigger,) if trigger else ()),
-        licences=like.licences if like else (),
-        attributions=like.attributions if like else (),
+        trigger_words=_all(word for card in like for word in card.trigger_words) if like else triggers,
+        licences=_all(each for card in like for each in card.licences),
+        attributions=_all(each for card in like for each in card.attributions),
         livery_version=livery.__version__,
         step=0,
     )
+
+
+def _all(values: Iterable[str]) -> tuple[str, ...]:
+    """Each once, without empty ones."""
+    return tuple(dict.fromkeys(filter(None, values)))
 
 
 def specs(found: Mapping[str, Layer], words: Words) -> tuple[TunerSpec, ...]:

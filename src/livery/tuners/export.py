@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from livery.files import write_bytes
@@ -19,7 +18,7 @@ from livery.models.backbone import Backbone
 from livery.nouns import AdapterCard, Event, LiveryError, Note, Written, unknown_key
 from livery.tuners import tensor_file
 from livery.tuners.adapter_file import adapter_bytes
-from livery.tuners.check import compare
+from livery.tuners.check import DTYPES, compare
 from livery.tuners.delta import Layer, base_weights, layers, words
 from livery.tuners.formats.diffusers_lora import folded, to_diffusers
 from livery.tuners.formats.embedding import to_embedding
@@ -27,6 +26,7 @@ from livery.tuners.formats.kohya import to_kohya
 from livery.tuners.formats.metadata import headers
 from livery.tuners.formats.names import kohya_places
 from livery.tuners.importing import read_file
+from livery.tuners.merging import write_merged
 from livery.tuners.rank import reduced
 
 FORMATS: Mapping[str, str] = {
@@ -35,8 +35,9 @@ FORMATS: Mapping[str, str] = {
     "kohya": "LoRA, LoHa, LoKr with kohya's and LyCORIS' names: A1111, Forge, ComfyUI, SD.Next, diffusers",
     "embedding": "new words: A1111, Forge, ComfyUI",
     "learned_embeds": "new words: diffusers' load_textual_inversion",
+    "checkpoint": "the base with the adapter in its weights, one file: A1111, Forge, ComfyUI, kohya",
+    "folder": "the same as a diffusers folder",
 }
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def export_adapter(
             f"the adapter was made for the base {card.base_sha256[:12]}, this one is {backbone.sha256[:12]}"
         )
     style = style if style.title else Style(**{**vars(style), "title": path.stem})
+    if form in ("checkpoint", "folder"):
+        yield from _export_merged(path, card, state, backbone, form, style)
+        return
     if form in ("embedding", "learned_embeds"):
         yield from _export_words(path, card, words(state), backbone, form, style)
         return
@@ -95,11 +99,7 @@ def _export_layers(
     found = layers(card.recipe.tuners, state)
     if not found:
         raise LiveryError("the adapter teaches words only: take the format embedding, or learned_embeds")
-    if learnt := sorted({word for _, word in words(state)}):
-        yield Note(
-            level="warning",
-            text=f"the new words {' '.join(learnt)} are not in this file: export them as format embedding",
-        )
+    yield from _words_left(state)
     if style.rank is not None:
         found, report = reduced(found, style.rank, base_weights(backbone))
         yield report
@@ -118,6 +118,32 @@ def _export_layers(
     told = headers(card, backbone, found, tensors, title=style.title, date=style.date, tags=style.tags)
     content = tensor_file.to_bytes(tensors, told | more)
     yield from _kept(path, form, content, found, {}, backbone, style.dtype)
+
+
+def _export_merged(
+    path: Path,
+    card: AdapterCard,
+    state: Mapping[str, Tensor],
+    backbone: Backbone,
+    form: str,
+    style: Style,
+) -> Iterator[Event]:
+    if (form == "checkpoint") != (path.suffix == ".safetensors"):
+        wanted = "a file that ends in .safetensors" if form == "checkpoint" else "a folder"
+        raise LiveryError(f"{path}: format {form} writes {wanted}")
+    found = layers(card.recipe.tuners, state)
+    if not found:
+        raise LiveryError("the adapter teaches words only, which a model's weights have no place for")
+    yield from _words_left(state)
+    yield from write_merged(path, backbone, [(found, 1.0)], style.dtype)
+
+
+def _words_left(state: Mapping[str, Tensor]) -> Iterator[Event]:
+    if learnt := sorted({word for _, word in words(state)}):
+        yield Note(
+            level="warning",
+            text=f"the new words {' '.join(learnt)} are not in this file: export them as format embedding",
+        )
 
 
 def _in_dtype(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from livery.models.backbone import Backbone
 from livery.nouns import AdapterCard, LiveryError
 from livery.tuners import tensor_file
 from livery.tuners.adapter_file import CARD, attach_state, read_adapter
-from livery.tuners.delta import layers, state_of, words
+from livery.tuners.delta import base_weights, layers, state_of, words
 from livery.tuners.derived import derived_card
 from livery.tuners.formats.content import Content
 from livery.tuners.formats.diffusers_lora import from_diffusers
@@ -35,14 +35,18 @@ def import_adapter(
     """A file of another tool as card and state, which `write_adapter` takes, and what was found in it.
 
     `base` is what the base is called; `word` what a Textual Inversion file teaches (default: its name);
-    `rank` brings LoHa and LoKr to plain LoRA. Raises LiveryError when nothing fits the base, or when the
-    tensors cannot be attached here.
+    `rank` brings LoHa and LoKr to plain LoRA. A file of livery's own keeps its card. Raises LiveryError when
+    nothing fits the base, or when the tensors cannot be attached here.
     """
     content = read_file(path, backbone, word)
+    told = tensor_file.metadata_of(path, tensor_file.content_of(path))
+    if CARD in told and rank is None:
+        adapter, state = read_adapter(path)
+        attach_state(backbone, adapter.card, state, where=str(path)).undo()
+        return adapter.card, state, content
     found = content.layers
     if rank is not None:
-        found, _ = reduced(found, rank)
-    told = tensor_file.metadata_of(path, tensor_file.content_of(path))
+        found, _ = reduced(found, rank, base_weights(backbone))
     card = derived_card(
         found,
         content.words,
