@@ -15,6 +15,7 @@ from livery.kohya.network import ATTENTION, OUTER, RESNETS, WIDE
 from livery.kohya.settings import read_settings
 from livery.kohya.tables import USUAL
 from livery.nouns import FullSpec, LiveryError, LowRankSpec, Recipe, TokensSpec, read_recipe
+from livery.tuners.tuner import build
 
 SD_SCRIPTS = """
 [model]
@@ -284,6 +285,17 @@ def test_the_layers_are_those_that_kohya_adapts(family: str, tmp_path: Path) -> 
         if isinstance(layer := unet.get_submodule(name), nn.Conv2d) and layer.kernel_size == (3, 3)
     }
     assert matched(unet, next(iter(wide.ranks))) & by_kohyas_rule(unet, resnets) == large
+
+
+def test_what_is_imported_attaches_with_kohyas_ranks(tmp_path: Path) -> None:
+    spec = lora(imported(tmp_path, SD_SCRIPTS))
+    attached = build(spec).attach(plugins.families()["sd1"].tiny())
+    ranks = {name: len(param) for name, param in attached.params.items() if name.endswith("lora_A.weight")}
+    assert {name.partition(".")[0] for name in ranks} == {"denoiser", "text_encoder"}
+    for name, rank in ranks.items():
+        wide = re.search(r"\.(conv1|conv2|(down|up)samplers\.\d\.conv)\.lora_A", name)
+        assert rank == (8 if wide else 32), name
+    assert set(ranks.values()) == {8, 32}
 
 
 def matched(unet: nn.Module, pattern: str | None) -> set[str]:
