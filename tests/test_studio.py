@@ -134,7 +134,8 @@ def test_evaluate_asks_the_held_out_photos_and_writes_the_page(studio: Studio, t
 
 
 def test_an_exported_adapter_is_the_file_that_diffusers_reads(studio: Studio, tmp_path: Path) -> None:
-    written = studio.export("things", tmp_path / "things.safetensors")
+    *_, written = studio.export("things", tmp_path / "things.safetensors")
+    assert isinstance(written, Written)
     adapter = studio.store.get(Adapter, "things")
     assert Path(written.path).read_bytes() == studio.store.read_blob(adapter.sha256)
     base = SD1.load(Path(studio.store.root).parent / "base")
