@@ -1,21 +1,32 @@
 """The engine on the tiny SD 1.x model: seeds rule, batches do not, adapters come and go."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image
 
-from livery.generate.engine import SAMPLERS, Engine, png_bytes
+from livery.generate.engine import FLOW_SAMPLERS, SAMPLERS, Engine, png_bytes
+from livery.models.noise import Flow
+from livery.models.parts import DiffusersBackbone
 from livery.models.sd1 import SD1
+from livery.models.sd3 import SD3
+from livery.models.sdxl import SDXL
 from livery.nouns import AdapterCard, LiveryError, LowRankSpec, Recipe
 from livery.tuners.adapter_file import write_adapter
 from livery.tuners.tuner import attach_all, build
 
+FAMILIES: dict[str, Callable[[], DiffusersBackbone]] = {
+    "sd1": SD1.tiny,
+    "sd2": lambda: SD1.tiny(prediction="v_prediction"),
+    "sdxl": SDXL.tiny,
+    "sd3": SD3.tiny,
+}
 LEVELS = 2
 """Of 255: what rounding in other batch shapes may change in fp32."""
 
@@ -89,6 +100,42 @@ def test_it_draws_what_diffusers_own_pipeline_draws(engine: Engine, base: SD1):
     ).images[0]
     ours = draw(engine, ["a cat"], [7], negative="dull", steps=4, guidance=3.0)[0]
     assert apart(ours, np.asarray(reference, dtype=np.int16)) <= 1
+
+
+@pytest.mark.parametrize("negative", ["", "dull"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_drawn_as_its_own_pipeline_draws_it(family: str, negative: str):
+    """Two steps of the family's own Euler, from the prompt's text, with its scheduler as it comes."""
+    base = FAMILIES[family]()
+    pipeline: Any = base.pipeline()
+    if not isinstance(base.noise, Flow):
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    # SD3's pipeline reads 256 tokens of T5 unless it is told, the tiny T5 has 24.
+    length = {"max_sequence_length": 24} if isinstance(base, SD3) else {}
+    reference = pipeline(
+        prompt=["a cat"],
+        negative_prompt=[negative] if negative else None,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(7)],
+        **length,
+    ).images[0]
+    engine = Engine(base, "fp32")
+    ours = draw(engine, ["a cat"], [7], negative=negative, steps=2, guidance=3.0, sampler="euler")[0]
+    assert apart(ours, np.asarray(reference, dtype=np.int16)) <= 1
+    other = draw(engine, ["a cat"], [7], negative="red", steps=2, guidance=3.0, sampler="euler")[0]
+    assert apart(ours, other) > 1
+
+
+def test_rectified_flow_has_samplers_of_its_own_that_agree():
+    engine = Engine(SD3.tiny(t5=False), "fp32")
+    exact = draw(engine, ["a"], [1], steps=80, sampler="euler")
+    for sampler in FLOW_SAMPLERS:
+        errors = [abs(draw(engine, ["a"], [1], steps=n, sampler=sampler) - exact).mean() for n in (4, 16)]
+        assert errors[1] < errors[0] / 2 < 2
+    for sampler in SAMPLERS.keys() - FLOW_SAMPLERS:
+        with pytest.raises(LiveryError, match=f"sampler '{sampler}' is not one for rectified flow"):
+            draw(engine, ["a"], [1], sampler=sampler)
 
 
 def test_each_distinct_prompt_is_encoded_once(engine: Engine, base: SD1, monkeypatch: pytest.MonkeyPatch):

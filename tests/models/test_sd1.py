@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from livery.models.backbone import PipelineKind
-from livery.models.noise import Diffusion
+from livery.models.noise import Diffusion, Velocity
 from livery.models.sd1 import SD1
 from livery.nouns import LiveryError
 
@@ -128,6 +130,30 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(tiny: SD1):
     assert tokens.shape == (3, tiny.lengths["text_encoder"], 32)
     theirs = cast(Any, tiny.pipeline()).encode_prompt(prompts, "cpu", 1, False)[0]
     assert torch.equal(tokens, theirs)
+
+
+def test_sizes_are_not_read(tiny: SD1):
+    noisy, t, row = torch.randn(1, 4, 16, 16), torch.tensor([3]), tiny.encode_prompts(["a cat"])
+    sized = replace(row, size=torch.tensor([[64, 64, 0, 0, 32, 32]]))
+    assert torch.equal(tiny.predict(noisy, t, sized), tiny.predict(noisy, t, row))
+
+
+def test_the_identity_of_a_base_stays_as_adapters_know_it():
+    """Adapters out there name it: a change here makes them refuse their base."""
+    base = SD1.tiny()
+    for module in (base.vae, *base.modules().values()):
+        for tensor in module.state_dict().values():
+            tensor.fill_(1)  # random weights may differ between processors
+    base = SD1(**base.components())
+    assert base.sha256 == "c99679d147a62df49054b05a5f76191565bfb9f1ef3db909e720ea089d4f59da"
+
+
+def test_the_layout_of_sd2_is_v_prediction_with_linear_projections():
+    second = SD1.tiny(prediction="v_prediction")
+    assert isinstance(second.noise, Velocity)
+    assert isinstance(second.unet.get_submodule("down_blocks.0.attentions.0.proj_in"), nn.Linear)
+    assert second.text_encoder.config.hidden_act == "gelu"
+    assert second.sha256 != SD1.tiny().sha256
 
 
 def test_predict_keeps_the_shape_and_works_under_autocast(tiny: SD1):
