@@ -253,6 +253,18 @@ def test_an_entry_that_went_is_remade_to_the_same_bits(tmp_path: Path, base: SD1
     assert torch.equal(made.latents([shown()]), first)
 
 
+def test_an_entry_made_within_a_step_has_the_bits_of_one_made_before(tmp_path: Path, base: SD1):
+    before = encodings(tmp_path / "before", base)
+    within = encodings(tmp_path / "within", base)
+    before.prompts(asked("a cat"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(base.encode_prompts(["a cat"]).tokens, before.prompts(asked("a cat")).tokens)
+        latents, tokens = within.latents([shown()]), within.prompts(asked("a cat")).tokens
+    assert torch.equal(latents, before.latents([shown()]))
+    assert torch.equal(tokens, before.prompts(asked("a cat")).tokens)
+    assert latents.dtype == tokens.dtype == torch.float32
+
+
 # ------------------------------------------------------------------ masks
 
 MASKED = PHOTO.model_copy(update={"mask": "2" * 64})

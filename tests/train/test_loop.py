@@ -326,3 +326,23 @@ def test_bf16_trains_close_to_fp32(
     assert exact == pytest.approx(rough, rel=0.03)
     tensors = read_adapter(tmp_path / "bf16/adapter.safetensors")[1]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_it_says_which_pictures_lose_much(
+    recipe: Recipe, base: SD1, dataset: Dataset, pixels: Paint, tmp_path: Path
+):
+    long = dataset.photos[0].model_copy(update={"width": 40, "height": 400, "source": "tower.png"})
+    data = dataset.model_copy(update={"photos": (long, *dataset.photos[1:])})
+
+    def warned(**pictures: object) -> list[str]:
+        one = changed(recipe, steps=1, validate_every=0, pictures=pictures)
+        events = train(one, base, data, pixels=pixels, folder=tmp_path / str(pictures))
+        return [note.text for note in kind(list(events), Note) if "is cut off" in note.text]
+
+    [squares] = warned(buckets=False)
+    assert "More than 15% is cut off 5 of 5 pictures, most off tower.png, 90%" in squares
+    assert "set pictures.buckets to true" in squares
+    [buckets] = warned(buckets=True)
+    assert "More than 15% is cut off 1 of 5 pictures, most off tower.png, 60%" in buckets
+    assert "raise pictures.max_ratio" in buckets
+    assert warned(buckets=True, max_ratio=10) == []

@@ -185,3 +185,9 @@ def _all(events: Generator[Progress, None, tuple[Photo, ...]]) -> tuple[Photo, .
             next(events)
         except StopIteration as end:
             return end.value
+
+
+def test_class_photos_alone_are_nothing_to_learn_from(recipe: Recipe, pixels: Paint, tmp_path: Path):
+    dataset = Dataset(name="dogs", photos=(FOUND,))
+    with pytest.raises(LiveryError, match="no photo in its split 'train'"):
+        list(train(recipe, SD1.tiny(), dataset, pixels=pixels, folder=tmp_path))

@@ -182,7 +182,8 @@ class Encodings:
     @torch.no_grad()
     def _encode(self, one: Shown) -> Tensor:
         pixels = shown_pixels(self._pixels(one.photo), one.view)
-        return self._backbone.encode_images(pixels[None].to(self._backbone.device))
+        with self._as_it_is():
+            return self._backbone.encode_images(pixels[None].to(self._backbone.device))
 
     def _latents_name(self, one: Shown) -> str:
         return sha256_of([PREPARATION, self._eye, one.photo.sha256, *one.view.numbers])
@@ -203,7 +204,12 @@ class Encodings:
 
     @torch.no_grad()
     def _encode_prompt(self, text: str) -> dict[str, Tensor]:
-        return self._backbone.encode_prompts([text]).tensors()
+        with self._as_it_is():
+            return self._backbone.encode_prompts([text]).tensors()
+
+    def _as_it_is(self) -> torch.autocast:
+        """An entry has the same bits when it is made within a step, under that step's autocast."""
+        return torch.autocast(self._backbone.device.type, enabled=False)
 
     def _prompt_name(self, text: str) -> str:
         return sha256_of([PREPARATION, self._ear, text])

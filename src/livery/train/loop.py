@@ -41,6 +41,10 @@ MEMORY = "memory.json"
 """The memory plan of a run, in its folder."""
 
 
+CUT = 0.15
+"""The share of a picture that may be cut off without a word: a little above the most that buckets cut."""
+
+
 def train(
     recipe: Recipe,
     backbone: Backbone,
@@ -101,6 +105,7 @@ def train(
         draw = seats.drawing(draw) if seats and draw else draw
         photos = yield from drawn.complete(dataset.split("train"), recipe.prior, draw)
         plan = Plan(photos, recipe, framing)
+        yield from _cut_notes(plan, framing)
         store, read = TensorCache(kept), drawn.reading(pixels)
         encodings = Encodings(backbone, store, read, recipe.pictures, towers_train=towers_train)
         for progress in _encode(plan, dataset, framing, encodings):
@@ -132,7 +137,7 @@ def _settled(
 
 
 def _require_photos(dataset: Dataset) -> None:
-    if not dataset.split("train"):
+    if all(photo.prior for photo in dataset.split("train")):
         raise LiveryError(
             f"dataset '{dataset.name}' has no photo in its split 'train': add some to learn from."
         )
@@ -143,7 +148,7 @@ def _notes(recipe: Recipe, dataset: Dataset, draw: Draw | None) -> Iterator[Note
     yield from map(_warning, recipe.warnings())
     if recipe.validate_every and not dataset.split("validation"):
         yield _warning("No photo is held out, so there is no validation loss to tell learning from copying.")
-    bare = sum(not photo.caption for photo in dataset.split("train"))
+    bare = sum(not (photo.caption or photo.prior) for photo in dataset.split("train"))
     if bare:
         yield _warning(f"{bare} photos to learn from have no caption: prompts will steer the result less.")
     if recipe.sample_every and not (draw and recipe.sample_prompts):
@@ -153,6 +158,19 @@ def _notes(recipe: Recipe, dataset: Dataset, draw: Draw | None) -> Iterator[Note
             else "the recipe names no sample_prompts"
         )
         yield _warning(f"No samples are drawn on the way: {lack}.")
+
+
+def _cut_notes(plan: Plan, framing: Framing) -> Iterator[Note]:
+    """A warning where pictures lose much at their edges."""
+    shown = {one.photo.sha256: one for one in plan.shown() if not one.photo.prior}
+    cut = [one for one in shown.values() if one.view.cut > CUT]
+    if cut:
+        most = max(cut, key=lambda one: one.view.cut)
+        mend = "raise pictures.max_ratio" if framing.buckets else "set pictures.buckets to true"
+        yield _warning(
+            f"More than {CUT:.0%} is cut off {len(cut)} of {len(shown)} pictures, most off "
+            f"{most.photo.source or 'one'}, {most.view.cut:.0%}: {mend} to keep them whole."
+        )
 
 
 def _warning(text: str) -> Note:
