@@ -262,6 +262,14 @@ BROKEN = {
     "truncated": (truncated, "vae: cannot be read as AutoencoderKL"),
     "a weight missing": (without_a_weight, "unet: 1 weights are missing, first conv_in.weight"),
     "a text weight missing": (without_a_word_weight, "text_encoder: 1 weights are missing"),
+    "weights of another text width": (
+        lambda f: edit(f / "text_encoder/config.json", intermediate_size=48),
+        "text_encoder: cannot be read as CLIPTextModel: its weights have other shapes than its config.json",
+    ),
+    "weights of another u-net": (
+        lambda f: edit(f / "unet/config.json", cross_attention_dim=48),
+        "unet: cannot be read as UNet2DConditionModel: its weights have other shapes",
+    ),
     "strange scheduler": (
         lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="Evil"),
         "scheduler 'Evil'",

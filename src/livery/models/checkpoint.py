@@ -131,14 +131,18 @@ def read_part(kind: Pretrained, folder: Path, part: str, stem: str) -> nn.Module
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LiveryError(
-            f"{folder / part}: cannot be read as {kind.__name__}: {_first_line(error)}"
-        ) from None
+        raise LiveryError(f"{folder / part}: cannot be read as {kind.__name__}: {_reason(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise LiveryError(
             f"{folder / part}: {len(missing)} weights are missing, first {missing[0]}; get the folder again"
         )
     return module.float().eval().requires_grad_(False)
+
+
+def _reason(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # their advice would fill weights at random
+        return "its weights have other shapes than its config.json says"
+    return _first_line(error)
 
 
 def _variant(folder: Path, stem: str) -> str | None:
