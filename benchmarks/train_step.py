@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from livery.models.backbone import Backbone, Conditioning
 from livery.models.device import device_name, peak_memory_bytes, resolve
 from livery.models.load import load_backbone
 from livery.models.sd1 import SD1
-from livery.nouns import LiveryError, Photo, Recipe
-from livery.train.batches import captions_of
-from livery.train.cache import Encodings, TensorCache, fit_square
+from livery.nouns import LiveryError, Photo, PicturesSpec, Recipe
+from livery.train.batches import Plan, Row
+from livery.train.buckets import Framing, Shown, shown_pixels
+from livery.train.cache import Encodings, TensorCache
 from livery.train.learner import Learner
 from livery.tuners.tuner import attach_all, build
 
@@ -36,17 +38,18 @@ class InTheLoop(Encodings):
 
     def __init__(self, backbone: Backbone, folder: Path) -> None:
         cache = TensorCache(folder)
-        super().__init__(backbone, cache, paint, backbone.resolution, towers_train=False)
+        super().__init__(backbone, cache, paint, PicturesSpec(), towers_train=False)
         self.base = backbone
 
     @torch.no_grad()
-    def latents(self, photos: Sequence[Photo]) -> Tensor:
-        pixels = torch.stack([fit_square(paint(photo), self.base.resolution) for photo in photos])
+    def latents(self, rows: Sequence[Shown]) -> Tensor:
+        pixels = torch.stack([shown_pixels(paint(row.photo), row.view) for row in rows])
         return self.base.encode_images(pixels.to(self.base.device))
 
     @torch.no_grad()
-    def prompts(self, texts: Sequence[str]) -> Conditioning:
-        return self.base.encode_prompts(texts)
+    def prompts(self, rows: Sequence[Row]) -> Conditioning:
+        size = torch.tensor([row.size for row in rows], dtype=torch.float32, device=self.base.device)
+        return replace(self.base.encode_prompts([row.caption for row in rows]), size=size)
 
 
 def paint(photo: Photo) -> Image.Image:
@@ -71,7 +74,7 @@ def choose(name: str) -> Backbone:
         return SD1.tiny()
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """CPU seconds of the work; on CUDA, seconds until the card has done it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -82,11 +85,6 @@ def seconds(work: Callable[[], None]) -> float:
     started = time.process_time()
     work()
     return time.process_time() - started
-
-
-def step(learner: Learner, number: int) -> None:
-    learner.gradients(number)
-    learner.update(number)
 
 
 def main() -> None:
@@ -108,22 +106,23 @@ def main() -> None:
 
 
 def compare(base: Backbone, recipe: Recipe, rows: list[Photo], folder: Path, steps: int) -> None:
+    plan = Plan(rows, recipe, Framing.of(recipe, base))
+    cached = Encodings(base, TensorCache(folder), paint, recipe.pictures, towers_train=False)
+    plain, captions = InTheLoop(base, folder), plan.captions()
+    filling = seconds(lambda: [None for _ in cached.fill(plan.shown(), captions)].clear())
     attached = attach_all([build(spec) for spec in recipe.tuners], base)
-    cached = Encodings(base, TensorCache(folder), paint, base.resolution, towers_train=False)
-    captions = {caption for photo in rows for caption in captions_of(photo, "")} | {""}
-    filling = seconds(lambda: [None for _ in cached.fill(rows, captions)].clear())
     ways = {
-        "cached": Learner(recipe, base, attached, rows, cached),
-        "in the loop": Learner(recipe, base, attached, rows, InTheLoop(base, folder)),
+        "cached": Learner(recipe, base, attached, plan, cached),
+        "in the loop": Learner(recipe, base, attached, plan, plain),
     }
     peaks: dict[str, int] = {}
     for name, learner in ways.items():
-        step(learner, 0)
+        learner.step(0)
         peaks[name] = peak_memory_bytes(base.device)
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(1, steps + 1):
         for name, learner in ways.items():
-            taken[name].append(seconds(lambda learner=learner, number=number: step(learner, number)))
+            taken[name].append(seconds(lambda learner=learner, number=number: learner.step(number)))
     middle = {name: statistics.median(times) for name, times in taken.items()}
     for name in ways:
         print(f"{name:>12}: {middle[name]:.3f} CPU s per step, peak memory {peaks[name] / 2**20:.0f} MiB")
