@@ -34,6 +34,8 @@ TOKENIZER_FILES = frozenset(
 )
 UNSAID = frozenset({"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"})
 """Keys of transformers' configurations that describe files, not models."""
+UNSAID_OF_WORDS = frozenset({"is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file"})
+"""Keys of a tokenizer's configuration that tell where it was read."""
 
 
 def load_single_file(
@@ -237,8 +239,11 @@ def _words(tokenizer: Any) -> dict[str, Any]:
         return kind | {"pad_token": tokenizer.pad_token, "model_max_length": tokenizer.model_max_length}
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save_pretrained(place)
-        files = {file.name: file.read_text("utf-8") for file in Path(place).iterdir()}
-    return kind | {"files": {name: content for name, content in files.items() if name in TOKENIZER_FILES}}
+        files = {name: (Path(place) / name) for name in TOKENIZER_FILES}
+        content = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    told: dict[str, Any] = json.loads(content["tokenizer_config.json"])
+    kept = {key: value for key, value in told.items() if key not in UNSAID_OF_WORDS}
+    return kind | {"files": content | {"tokenizer_config.json": json.dumps(kept)}}
 
 
 def _made(
