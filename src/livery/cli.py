@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -136,12 +138,17 @@ def train(
     max_hours: MaxHours = None,
     max_cost: MaxCost = None,
     price: Price = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="On this host, one per card; they share each batch.")
+    ] = 1,
     device: Device = "auto",
     allow_network: Network = False,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an Adapter on a Dataset. The same recipe on the same data goes on where it stopped."""
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        _become_several(processes)
     chosen = choose_recipe(recipe, preset, base)
     studio = _studio(workspace, device, allow_network)
     events = studio.train(chosen, data, resume=resume, max_hours=max_hours, max_cost=max_cost, price=price)
@@ -405,9 +412,18 @@ def _studio(workspace: Path | None, device: str = "auto", allow_network: bool = 
     return Studio(Store(workspace or default_root()), device=device, allow_network=allow_network)
 
 
+def _become_several(processes: int) -> None:
+    """Run this same command in several processes through `torchrun`; does not return."""
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    os.execv(sys.executable, [sys.executable, *starter, "-m", "livery", *sys.argv[1:]])
+
+
 def _show(events: Iterable[Event], as_json: bool) -> Event | None:
-    """Print the events as they come; the last one is returned."""
+    """Print the events as they come; the last one is returned. Of several processes only the first prints."""
     last: Event | None = None
+    if os.environ.get("RANK", "0") != "0":
+        last_of_all = deque(events, maxlen=1)
+        return last_of_all[0] if last_of_all else None
     if as_json:
         for last in events:
             sys.stdout.write(last.model_dump_json() + "\n")

@@ -165,12 +165,14 @@ class Studio:
     ) -> Iterator[Event]:
         """A recipe and a Dataset become an Adapter; the last event is Trained.
 
-        The same recipe on the same data and base is the same run: it goes on where it stopped. With
+        The same recipe on the same data and base is the same run: it goes on where it stopped. Started by
+        `torchrun`, the processes share each batch, and the first alone tells Trained. With
         `max_hours` or `max_cost` it is estimated first, and a run above them raises LiveryError; `price` is
         what an hour of this machine costs.
         """
         from livery.train.estimate import compared, refuse
         from livery.train.loop import train
+        from livery.train.parallel import peers
         from livery.tuners.tuner import build
 
         dataset = self.store.get(Dataset, data)
@@ -184,25 +186,27 @@ class Studio:
                     refuse(event.estimate, max_hours, max_cost)
         backbone = self._backbone(recipe.base, recipe.family)
         run_id = sha256_of({"recipe": recipe.id, "dataset": dataset.id, "base": backbone.sha256})
-        for event in train(
-            recipe,
-            backbone,
-            dataset,
-            pixels=self._pixels,
-            folder=self.store.run_folder(run_id),
-            cache=self.store.root / "cache",
-            put_blob=self.store.put_blob,
-            draw=self._sampler(backbone),
-            resume=resume,
-        ):
-            if isinstance(event, Trained):
-                self.store.put(event.adapter)
-                self.store.put(event.run)
-                if estimated := self._estimates().get((event.run.recipe.id, event.run.dataset)):
-                    yield Note(text=compared(estimated, event.run))
-            yield event
-            if isinstance(event, Step):
-                yield Progress(stage="train", done=event.step, total=recipe.steps)
+        with peers(backbone.device) as group:
+            for event in train(
+                recipe,
+                backbone,
+                dataset,
+                pixels=self._pixels,
+                folder=self.store.run_folder(run_id),
+                cache=self.store.root / "cache",
+                put_blob=self.store.put_blob,
+                draw=self._sampler(backbone),
+                resume=resume,
+                peers=group,
+            ):
+                if isinstance(event, Trained):
+                    self.store.put(event.adapter)
+                    self.store.put(event.run)
+                    if estimated := self._estimates().get((event.run.recipe.id, event.run.dataset)):
+                        yield Note(text=compared(estimated, event.run))
+                yield event
+                if isinstance(event, Step):
+                    yield Progress(stage="train", done=event.step, total=recipe.steps)
 
     # ------------------------------------------------------------------------- files of other tools
 
@@ -525,7 +529,12 @@ class Studio:
             return self._device
         import torch
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        from livery.train.parallel import local_rank
+
+        if not torch.cuda.is_available():
+            return "cpu"
+        card = local_rank()
+        return "cuda" if card is None else f"cuda:{card}"
 
     def _pixels(self, photo: Photo) -> Image:
         return self._picture(photo.sha256)
