@@ -394,9 +394,17 @@ def cache(
 
 
 @app.command()
-def doctor(workspace: Workspace = None, as_json: AsJson = False) -> None:
-    """Say what this machine has, and what follows."""
-    findings = _studio(workspace).doctor()
+def doctor(
+    family: Annotated[
+        str | None,
+        typer.Option(help="Instead: the size of real models. sd1, sdxl, sd3, or one such as sd3.5-large."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="With --family: rank of the LoRA to count.")] = 16,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has, and what follows; with --family, what a model has and needs."""
+    findings = _studio(workspace).doctor(family, rank)
     if as_json:
         for finding in findings:
             _print(finding, as_json)

@@ -492,11 +492,15 @@ class Studio:
 
         return tuple(presets.describe(each) for each in ([name] if name else presets.names()))
 
-    def doctor(self) -> tuple[Finding, ...]:
-        """What this machine has, and what follows for the user."""
-        from livery.doctor import examine
+    def doctor(self, model: str | None = None, rank: int = 16) -> tuple[Finding, ...]:
+        """What this machine has, and what follows for the user.
 
-        return tuple(examine(self.store.root))
+        Or, when a family or one of its models is named, a dry run: parameters of the real parts, and the size
+        of a LoRA of this rank.
+        """
+        from livery.doctor import dry_run, examine
+
+        return tuple(examine(self.store.root) if model is None else dry_run(model, rank))
 
     # ------------------------------------------------------------------------- inside
 

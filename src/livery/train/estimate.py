@@ -77,7 +77,7 @@ def estimate(
     hours = seconds * time_by / 3600
     price = costs.rent(name) if price_per_hour is None else price_per_hour
     return Estimate(
-        recipe=recipe.id,
+        recipe=fitted.id,
         dataset=dataset.id,
         base=recipe.base,
         family=backbone.family,
@@ -99,6 +99,16 @@ def estimate(
         earlier_runs=len(alike),
         memory_error=MEASURED_MEMORY_ERROR if probe or alike else MEMORY_ERROR,
         time_error=MEASURED_TIME_ERROR if probe else CORRECTED_TIME_ERROR if alike else TIME_ERROR,
+    )
+
+
+def compared(found: Estimate, run: Run) -> str:
+    """What was estimated against what was measured, in a sentence."""
+    memory, hours = run.peak_memory_bytes / found.peak_memory_bytes - 1, run.seconds / found.seconds - 1
+    return (
+        f"Estimated {found.seconds / 60:.1f} minutes and {found.peak_memory_bytes / 1e9:.2f} GB; it took "
+        f"{run.seconds / 60:.1f} minutes ({hours:+.0%}) and {run.peak_memory_bytes / 1e9:.2f} GB "
+        f"({memory:+.0%}). The next estimate learns from it."
     )
 
 
