@@ -375,6 +375,35 @@ def test_without_a_network_the_weights_train(tmp_path: Path) -> None:
     assert (recipe.memory.weights, recipe.memory.fused_backward) == ("bf16", True)
 
 
+def test_a_fine_tune_of_the_gui(tmp_path: Path) -> None:
+    content = {
+        "sdxl_checkbox": True,
+        "create_buckets": True,
+        "max_resolution": "1024,1024",
+        "prior_loss_weight": 1,
+        "learning_rate": 5e-6,
+        "learning_rate_te1": 1e-5,
+        "learning_rate_te2": 0,
+        "huber_c": 0.1,
+        "optimizer": "PagedAdamW8bit",
+        "optimizer_args": "weight_decay=0.1 betas=.9,.95",
+        "epoch": 8,
+        "gradient_accumulation_steps": 6.0,
+        "train_batch_size": 2,
+        "full_bf16": True,
+        "loss_type": "l2",
+    }
+    found = imported(tmp_path, content)
+    recipe = found.recipe
+    assert recipe.tuners == (FullSpec(towers={"text_encoder": 1e-5}),)
+    assert (recipe.family, recipe.pictures.buckets, recipe.accumulate) == ("sdxl", True, 6)
+    assert (recipe.optimizer.kind, recipe.optimizer.betas) == ("adamw8bit", (0.9, 0.95))
+    assert row(found, "optimizer_type")[0] == "changed", "without paging"
+    assert row(found, "huber_c")[2] == "loss_type is not huber"
+    cached = imported(tmp_path, {**content, "sdxl_cache_text_encoder_outputs": True}).recipe
+    assert cached.tuners == (FullSpec(),)
+
+
 def test_textual_inversion(tmp_path: Path) -> None:
     text = 'token_string = "<acme>"\ninit_word = "red shoe"\nnum_vectors_per_token = 4\nlearning_rate = 5e-4'
     recipe = imported(tmp_path, text).recipe

@@ -48,16 +48,20 @@ def tuner(settings: Settings, values: dict[str, Any], *, alpha_as_rank: bool) ->
 
 
 def _full_towers(settings: Settings, values: dict[str, Any]) -> dict[str, float]:
-    if not settings.on("train_text_encoder"):
+    rates = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
+    asked = settings.on("train_text_encoder")  # the GUI leaves it out and goes by the rates
+    implied = "train_text_encoder" not in settings.values and any(settings.has(rate) for rate in rates)
+    if settings.on("cache_text_encoder_outputs") or not (asked or implied):
         return {}
-    settings.taken("train_text_encoder", "towers")
+    if asked:
+        settings.taken("train_text_encoder", "towers")
     found: dict[str, float] = {}
     for index, name in enumerate(TOWERS.get(str(values.get("family")), TOWERS["sd1"])):
         key = "learning_rate_te" if not settings.has("learning_rate_te1") else f"learning_rate_te{index + 1}"
-        rate = settings.number(key, values["learning_rate"])
+        rate = settings.number(key, values["learning_rate"] if asked else 0.0)
         if rate:
             found[name] = rate
-        if settings.has(key):
+        if settings.has(key) and (index == 0 or key != "learning_rate_te"):
             settings.taken(key, f"towers.{name} = {rate:g}")
     return found
 

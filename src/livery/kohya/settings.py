@@ -17,7 +17,8 @@ GUI_NAMES = {
     "optimizer": "optimizer_type",
     "max_resolution": "resolution",
     "epoch": "max_train_epochs",
-    "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
+    "sdxl_checkbox": "sdxl",
+    "create_buckets": "enable_bucket",
     "sdxl_no_half_vae": "no_half_vae",
 }
 """Keys of kohya_ss' GUI -> the option of sd-scripts that it starts with them."""
@@ -143,6 +144,8 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _from_gui(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the GUI would start sd-scripts with."""
     found = {GUI_NAMES.get(key, key): value for key, value in values.items()}
+    cached = ("sdxl_cache_text_encoder_outputs", "sd3_cache_text_encoder_outputs")
+    found["cache_text_encoder_outputs"] = any(found.pop(key, False) is True for key in cached)
     if not _is_off(values.get("max_train_epochs")):
         found["max_train_epochs"] = values["max_train_epochs"]
     else:  # the GUI lets given steps win over its epochs

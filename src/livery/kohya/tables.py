@@ -57,6 +57,14 @@ ELSEWHERE = {
 }
 REASONS = {key: why for why, keys in ELSEWHERE.items() for key in keys.split()}
 NOT_THE_SAME = {
+    "huber_c": "loss_type is not huber",
+    "huber_schedule": "loss_type is not huber",
+    "multires_noise_discount": "multires_noise_iterations is 0",
+    "mode_scale": "weighting_scheme is not mode",
+    "vae": "livery reads the autoencoder from the base",
+    "clip_l": "livery reads the text encoders from the base",
+    "clip_g": "livery reads the text encoders from the base",
+    "t5xxl": "livery reads the text encoders from the base",
     "clip_skip": "livery reads the layer of the text encoder that the family was trained with",
     "max_token_length": "livery reads as many words as the text encoder has places for",
     "loraplus_lr_ratio": "livery has no LoRA+",
@@ -86,7 +94,9 @@ USUAL = {
     "clip_skip": "1",
     "max_token_length": "75",
     "max_timestep": "1000",
-    "prior_loss_weight": "1.0",
+    "prior_loss_weight": "1",
+    "lr_scheduler_power": "1",
+    "batch_size": "1",
     "gradient_accumulation_steps": "1",
     "unit": "1",
     "lr_scheduler_num_cycles": "1",

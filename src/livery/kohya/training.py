@@ -249,7 +249,7 @@ def say_what_is_left(settings: Settings) -> int:
     """Every key that nothing was said of is dropped by name, those that are off are counted."""
     idle = 0
     for key in settings.unsaid():
-        if not settings.has(key) or settings.text(key) == USUAL.get(key):
+        if not settings.has(key) or settings.text(key).removesuffix(".0") == USUAL.get(key):
             idle += 1
         else:
             settings.dropped(key, NOT_THE_SAME.get(key) or REASONS.get(key) or "livery has nothing like it")
