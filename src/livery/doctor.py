@@ -1,4 +1,4 @@
-"""What this machine has, and what follows for the user."""
+"""What this machine has, what the models that people train would need, and what follows for the user."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from livery.nouns import Noun
+from livery.nouns import LiveryError, Noun, unknown_key
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GIB = 1 << 30
 OPTIONAL = {"resvg_py": "rebuilding the starter model (extra: starter)"}
@@ -108,3 +111,58 @@ def _starter() -> Finding:
         means = "install livery from its wheel or a full clone"
         return Finding(what="starter", found=f"lacks {', '.join(missing)}", means=means, level="problem")
     return Finding(what="starter", found="complete", means="`livery demo` works with the network cut")
+
+
+# ------------------------------------------------------------------ dry runs
+
+
+def dry_run(name: str, rank: int = 16) -> Iterator[Finding]:
+    """Real models built on the meta device: parameters per part, and a LoRA of this rank. Seconds, no memory.
+
+    `name` is a family ("sd1", "sdxl", "sd3": all its models) or one model ("sd3.5-large"). Raises LiveryError
+    with the nearest name.
+    """
+    from livery import plugins
+    from livery.models import architectures
+
+    models = (name,) if name in architectures.NAMES else architectures.of_family(name)
+    if not models:
+        known = [*plugins.families(), *architectures.NAMES]
+        raise LiveryError(f"--family: {unknown_key(name, known)}".replace("key", "name"))
+    for model in models:
+        shapes = architectures.architecture(model)
+        parts = architectures.meta_parts(model)
+        for part, module in parts.items():
+            number = architectures.count(module)
+            yield Finding(
+                what=f"{model}: {part}",
+                found=f"{number:,} parameters",
+                means=f"{_size(2 * number)} in half precision",
+            )
+        layers, number = lora_size(parts["denoiser"], plugins.families()[shapes.family].lora_targets, rank)
+        yield Finding(
+            what=f"{model}: LoRA",
+            found=f"rank {rank} on {layers} layers, {number:,} parameters",
+            means=f"an adapter of {_size(2 * number)} in half precision",
+        )
+
+
+def lora_size(module: nn.Module, targets: str, rank: int) -> tuple[int, int]:
+    """How many layers a LoRA adapts, and how many weights it has: A [rank, in], B [out, rank] for each.
+
+    `targets` is matched against whole names of linear and convolution layers.
+    """
+    import re
+
+    from torch import nn
+
+    pattern, layers, number = re.compile(targets), 0, 0
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and pattern.fullmatch(name):
+            outputs, inputs = layer.weight.shape[0], layer.weight[0].numel()
+            layers, number = layers + 1, number + rank * (inputs + outputs)
+    return layers, number
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / (1 << 20):.1f} MiB"
