@@ -38,6 +38,14 @@ towers = {{text_encoder = 2e-5}}
 `livery train --preset sdxl-lora --data ID` runs one; `livery import-recipe FILE` turns a configuration of
 kohya's trainers into a recipe.
 
+**From kohya's trainers.** `livery import-recipe config.toml -o recipe.toml` reads sd-scripts' TOML or the
+JSON that the kohya_ss GUI saves, and prints what became of every key: taken, changed (and into what, and
+why) or dropped. The recipe trains as kohya would: the same layers, kohya's defaults where the file is
+silent (rank 4, alpha 1, constant schedule, no caption dropout, text encoders that learn), and alpha kept,
+so that learning rates mean what they meant; the table tells what each rate would be at alpha = rank.
+`--alpha-as-rank` writes it so. `--family sdxl` says what the base is where the file does not. Repeats that
+stand in folder names are read where the folders are at hand; else the table says to multiply by them.
+
 **Versions.** `version` says which keys a recipe was written for. Older recipes, also those inside adapters,
 are brought to today's keys by themselves; a recipe from a newer livery is refused. A recipe without
 `version` counts as version {VERSION}, or as version 1 when it has keys that only version 1 had at the top
