@@ -21,45 +21,52 @@ STEP: Mapping[str, float] = {"fp32": 2**-22, "fp16": 2**-10, "bf16": 2**-7}
 """What one rounding of a weight may move it, as a share of the largest weight of its layer."""
 
 
+Items = Sequence[tuple[Mapping[str, Layer], float]]
+"""Adapters by their layers, each with the weight that its change counts with."""
+
+
 @contextmanager
-def merged(backbone: Backbone, items: Sequence[tuple[Mapping[str, Layer], float]]) -> Generator[set[str]]:
+def merged(backbone: Backbone, items: Items) -> Generator[set[str]]:
     """The base with each adapter's change added, times its weight; yields the names of what changed.
 
     Every change is relative to the plain base, so the order does not matter. Afterwards the base is what it
     was, bit for bit. Raises LiveryError for a layer that this base does not have.
     """
     weights = base_weights(backbone)
-    total = summed(items, weights)
-    before = {name: weights[name].clone() for name in total}
+    before: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            for name, change in total.items():
+            for name, change in sums(items, weights):
+                before[name] = weights[name].clone()
                 weights[name].add_(change.to(weights[name].device))
-        yield set(total)
+        yield set(before)
     finally:
         with torch.no_grad():
             for name, tensor in before.items():
                 weights[name].copy_(tensor)
 
 
-def summed(
-    items: Sequence[tuple[Mapping[str, Layer], float]], weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Parameter name -> the sum of the weighted changes, float32. Raises LiveryError for a strange layer."""
-    total: dict[str, Tensor] = {}
-    for found, strength in items:
-        for name, change in deltas(found, weights):
-            if name not in weights:
-                raise LiveryError(f"this base model has no {name}: the adapter was made for another one")
-            part = change * strength
-            total[name] = total[name] + part if name in total else part
-    return total
+def sums(items: Items, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each changed parameter's name and the sum of its weighted changes, float32, layer by layer.
+
+    Raises LiveryError for a layer that these weights do not have.
+    """
+    for layer in dict.fromkeys(name for found, _ in items for name in found):
+        total: dict[str, Tensor] = {}
+        for found, strength in items:
+            if layer not in found:
+                continue
+            for name, change in deltas({layer: found[layer]}, weights):
+                if name not in weights:
+                    raise LiveryError(f"this base model has no {name}: the adapter was made for another one")
+                total[name] = total[name] + change * strength if name in total else change * strength
+        yield from total.items()
 
 
 def write_merged(
     path: Path,
     backbone: Backbone,
-    items: Sequence[tuple[Mapping[str, Layer], float]],
+    items: Items,
     dtype: str = "fp32",
 ) -> Iterator[Event]:
     """The base with the adapters' changes in its own weights, as a model of its own.
@@ -71,8 +78,6 @@ def write_merged(
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise LiveryError(f"{path}: is there already; name a new file or folder")
     single = path.suffix == ".safetensors"
-    before = {name: tensor.clone() for name, tensor in base_weights(backbone).items()}
-    total = summed(items, before)
     beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -82,7 +87,7 @@ def write_merged(
             else:
                 backbone.save(beside)
         again = load_single_file(beside) if single else type(backbone).load(beside)
-        yield _checked(path, before, total, base_weights(again), dtype if single else "fp32")
+        yield _checked(path, base_weights(backbone), items, base_weights(again), dtype if single else "fp32")
         if path.is_dir():
             path.rmdir()  # an empty one, as checked above
         beside.replace(path)
@@ -97,22 +102,32 @@ def write_merged(
 def _checked(
     path: Path,
     before: Mapping[str, Tensor],
-    total: Mapping[str, Tensor],
+    items: Items,
     after: Mapping[str, Tensor],
     dtype: str,
 ) -> Checked:
     """Every weight of the written model against base + change. Raises LiveryError when one is otherwise."""
-    worst, largest = 0.0, 0.0
-    for name, base in before.items():
-        if name not in after:
-            raise LiveryError(f"{path}: not written, for {name} is missing when it is loaded again")
-        if not base.is_floating_point() or not base.numel():
-            continue
-        wanted = base.cpu().float() + (total[name].cpu() if name in total else 0)
-        difference = float((after[name].float() - wanted).abs().max())
-        if not difference <= STEP[dtype] * float(wanted.abs().max()):
-            raise LiveryError(f"{path}: not written, for loaded again {name} is off by {difference:.3g}")
-        worst = max(worst, difference)
-        largest = max(largest, float(total[name].abs().max()) if name in total else 0.0)
+    worst, largest, left = 0.0, 0.0, dict.fromkeys(before)
+    for name, change in sums(items, before):
+        worst = max(worst, _difference(path, name, before[name], change, after, dtype))
+        largest = max(largest, float(change.abs().max()))
+        del left[name]
+    for name in left:
+        worst = max(worst, _difference(path, name, before[name], None, after, dtype))
     form = "checkpoint" if path.suffix == ".safetensors" else "folder"
     return Checked(path=str(path), format=form, matched=len(before), difference=worst, largest=largest)
+
+
+def _difference(
+    path: Path, name: str, base: Tensor, change: Tensor | None, after: Mapping[str, Tensor], dtype: str
+) -> float:
+    if name not in after:
+        raise LiveryError(f"{path}: not written, for {name} is missing when it is loaded again")
+    if not base.is_floating_point() or not base.numel():
+        return 0.0
+    wanted = base.cpu().float() + (0 if change is None else change.cpu())
+    difference = float((after[name].cpu().float() - wanted).abs().max())
+    step = max(STEP[dtype], 2 * torch.finfo(base.dtype).eps)
+    if not difference <= step * float(wanted.abs().max()):
+        raise LiveryError(f"{path}: not written, for loaded again {name} is off by {difference:.3g}")
+    return difference
