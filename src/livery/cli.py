@@ -177,6 +177,27 @@ def estimate(
     _show(studio.estimate(choose_recipe(recipe, preset, base), data, probe=probe, price=price), as_json)
 
 
+@app.command("find-rate")
+def find_rate(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")
+    ] = None,
+    data: Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")] = ...,  # pyright: ignore[reportArgumentType]
+    preset: Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="starter, a diffusers folder, or a hub id; overrides the recipe.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="An SVG picture of the curve, written here.")] = None,
+    device: Device = "auto",
+    allow_network: Network = False,
+    workspace: Workspace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Suggest a learning rate: 120 steps of growing rates, judged on held-out photos."""
+    studio = _studio(workspace, device, allow_network)
+    _show(studio.find_rate(choose_recipe(recipe, preset, base), data, plot=plot), as_json)
+
+
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="What to draw; several are fine.")],

@@ -82,6 +82,9 @@ class Screen:
                 | nouns.Evaluated(report=noun)
             ):
                 self._console.print(card(noun))
+            case nouns.Rates(suggested=suggested):
+                said = "no rate brought the loss down" if suggested is None else f"{suggested:g}"
+                self._line(f"suggested learning_rate: [bold]{said}[/bold]")
             case nouns.Reduced():
                 self._console.print(reduced_table(event))
             case nouns.Checked():

@@ -31,6 +31,7 @@ from livery.nouns import (
     Noun,
     Photo,
     Progress,
+    Rates,
     Recipe,
     Report,
     Run,
@@ -207,6 +208,22 @@ class Studio:
                 yield event
                 if isinstance(event, Step):
                     yield Progress(stage="train", done=event.step, total=recipe.steps)
+
+    def find_rate(self, recipe: Recipe, data: str, *, plot: Path | None = None) -> Iterator[Event]:
+        """Try growing learning rates for a recipe on a Dataset; the last events are Rates and, with `plot`,
+        the SVG picture that was written.
+        """
+        from livery.train.rate_finder import chart, find_rate
+
+        dataset = self.store.get(Dataset, data)
+        backbone = self._backbone(recipe.base, recipe.family)
+        for event in find_rate(
+            recipe, backbone, dataset, pixels=self._pixels, cache=self.store.root / "cache"
+        ):
+            yield event
+            if plot and isinstance(event, Rates):
+                write_bytes(plot, chart(event).encode())
+                yield Written(what="curve", path=str(plot))
 
     # ------------------------------------------------------------------------- files of other tools
 

@@ -1,10 +1,12 @@
-"""Kill trainings at random moments until they are done, and tell what came out. Run by test_resume.py.
+"""Kill trainings at random moments until they are done, and tell what came out.
 
-Usage: python resume_victim.py FOLDER KILLS [FAMILY TUNER]... Runs one long training with each number of kills
-in the comma-separated KILLS, then for every family and tuner of the matrix one short training whole and one
-killed once, its cache deleted in between. Prints one JSON list of outcomes, each in FOLDER/NAME. It is a
-process of its own, in which each victim is a cheap fork: the parent computes with one thread, so it has no
-others that a fork would lose.
+Usage: python resume_victim.py FOLDER KILLS   one long training with each number of the comma-separated KILLS
+       python resume_victim.py FOLDER matrix  for every family and tuner a short training whole, and one that
+                                              is killed once and has its cache deleted before it goes on
+
+Run by test_resume.py and by the matrix. Prints one JSON list of outcomes, each in FOLDER/NAME. It is a process
+of its own, in which each victim is a cheap fork: the parent computes with one thread, so it has no others that
+a fork would lose.
 """
 
 import json
@@ -89,6 +91,7 @@ def short(backbone: Backbone, tuner: str, number: int) -> Recipe:
             "optimizer": {"kind": kind, "warmup_steps": 1, "ema": 0.5 if number % 2 else 0.0},
             "noise": {"offset": 0.1, "input_perturbation": 0.1} if number % 2 else {"pyramid": 0.3},
             "pictures": {"flip": 0.5},
+            "stop": {"check_effect_at": 50 if number % 3 == 0 else 0},
         }
     )
 
@@ -156,13 +159,15 @@ def outcome(work: Job, folder: Path, kills: int, most: int, seed: int) -> dict[s
     return {"name": folder.name, "deaths": deaths, "events": events}
 
 
-def main(place: Path, kills: list[int]) -> list[dict[str, Any]]:
+def long(place: Path, kills: list[int]) -> list[dict[str, Any]]:
+    work = job(LONG, plugins.families()["sd1"].tiny(), dataset(5))
+    return [outcome(work, place / str(n), count, 4, n) for n, count in enumerate(kills)]
+
+
+def matrix(place: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for row, family in enumerate(FAMILIES):
         backbone = plugins.families()[family].tiny()
-        if family == "sd1":
-            work = job(LONG, backbone, dataset(5))
-            found += [outcome(work, place / str(n), count, 4, n) for n, count in enumerate(kills)]
         for column, tuner in enumerate(TUNERS):
             work = job(short(backbone, tuner, row + column), backbone, dataset(2))
             name = f"{family} {tuner}"
@@ -173,4 +178,6 @@ def main(place: Path, kills: list[int]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), [int(word) for word in sys.argv[2].split(",")])))
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    told = matrix(folder) if what == "matrix" else long(folder, [int(word) for word in what.split(",")])
+    print(json.dumps(told))

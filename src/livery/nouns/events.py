@@ -51,6 +51,16 @@ class Estimated(Noun):
     estimate: Estimate
 
 
+class Rates(Noun):
+    """Learning rates were tried: the loss on a fixed grid after each, while the rate grew."""
+
+    kind: Literal["rates"] = "rates"
+    base: float = Field(description="loss before the first step")
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggested: float | None = Field(description="none when no rate brought the loss down")
+
+
 class Trained(Noun):
     """Training ended: the Adapter it made and the Run it was."""
 
@@ -123,6 +133,7 @@ Event = Annotated[
     | Saved
     | Ingested
     | Estimated
+    | Rates
     | Trained
     | Made
     | Evaluated
