@@ -13,6 +13,7 @@ from livery.nouns import CaptionsSpec, Photo, PicturesSpec, Recipe
 from livery.train.batches import Plan, Row, batches_of_step, held_out_row
 from livery.train.buckets import Framing, Shown, shown_mask, shown_pixels
 from livery.train.cache import Encodings, TensorCache
+from livery.train.cache_folder import look, set_limit
 
 # ------------------------------------------------------------------ the folder
 
@@ -263,6 +264,19 @@ def test_an_entry_made_within_a_step_has_the_bits_of_one_made_before(tmp_path: P
     assert torch.equal(latents, before.latents([shown()]))
     assert torch.equal(tokens, before.prompts(asked("a cat")).tokens)
     assert latents.dtype == tokens.dtype == torch.float32
+
+
+def test_what_a_limit_has_no_room_for_is_counted_and_read_all_the_same(tmp_path: Path, base: SD1):
+    photos = [PHOTO.model_copy(update={"sha256": f"{i:064x}"}) for i in range(20)]
+    ways = [shown(photo) for photo in photos]
+    roomy = encodings(tmp_path / "roomy", base)
+    list(roomy.fill(ways, ["a", "b"]))
+    assert roomy.lacking(ways, ["a", "b", "not asked for"]) == 0  # nothing had to go: it does not look
+    set_limit(tmp_path / "tight", look(tmp_path / "roomy").bytes // 2)
+    tight = encodings(tmp_path / "tight", base)
+    list(tight.fill(ways, ["a", "b"]))
+    assert 10 <= tight.lacking(ways, ["a", "b"]) <= 14
+    assert torch.equal(tight.latents(ways), roomy.latents(ways))
 
 
 # ------------------------------------------------------------------ masks

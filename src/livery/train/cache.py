@@ -43,7 +43,9 @@ class TensorCache:
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self.folder = folder
         self._bound, self._held = memory_bytes, 0
-        self._limit, self._on_disk = limit_of(folder), -1  # not counted yet
+        self.limit, self._on_disk = limit_of(folder), -1  # not counted yet
+        self.full = False
+        """Whether something had to go since this cache was opened."""
         self._memory: OrderedDict[tuple[str, str], dict[str, Tensor]] = OrderedDict()
 
     def get(self, kind: str, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -77,11 +79,11 @@ class TensorCache:
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         write_tensors(path, tensors)
         if self._on_disk < 0:
-            self._on_disk = shrink(self.folder, self._limit)
+            self._on_disk = shrink(self.folder, self.limit)
         else:
             self._on_disk += _bytes(tensors)
-        if self._on_disk > self._limit:  # down to nine tenths, so that not every write has to look
-            self._on_disk = shrink(self.folder, self._limit * 9 // 10)
+        if self._on_disk > self.limit:  # down to nine tenths, so that not every write has to look
+            self._on_disk, self.full = shrink(self.folder, self.limit * 9 // 10), True
 
     def _keep(self, name: tuple[str, str], tensors: dict[str, Tensor]) -> None:
         self._memory[name] = tensors
@@ -147,6 +149,16 @@ class Encodings:
             if not self._cache.has("prompts", self._prompt_name(text)):
                 self._prompt(text)
             yield Progress(stage="encode captions", done=done, total=len(texts))
+
+    def lacking(self, shown: Iterable[Shown], captions: Iterable[str]) -> int:
+        """How many of these encodings are not in the cache. After `fill`: those that its limit has no room
+        for, which are encoded anew whenever a row needs them. Looks only where something had to go.
+        """
+        if not self._cache.full:
+            return 0
+        names = [("latents", self._latents_name(one)) for one in shown]
+        names += [("prompts", self._prompt_name(text)) for text in captions if not self.towers_train]
+        return sum(not self._cache.has(kind, name) for kind, name in names)
 
     def latents(self, rows: Sequence[Shown]) -> Tensor:
         """-> [B, C, h, w] fp32 on the backbone's device. All rows are shown at one size."""

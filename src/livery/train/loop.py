@@ -177,9 +177,17 @@ def _warning(text: str) -> Note:
     return Note(level="warning", text=text)
 
 
-def _encode(plan: Plan, dataset: Dataset, framing: Framing, encodings: Encodings) -> Iterator[Progress]:
+def _encode(
+    plan: Plan, dataset: Dataset, framing: Framing, encodings: Encodings
+) -> Iterator[Progress | Note]:
     """Encode what the run will read: all captions, and the empty one where captions are dropped."""
     looked_at = [*chain(*watched(dataset))] if plan.recipe.validate_every else []
     rows = [held_out_row(photo, plan.recipe, framing) for photo in looked_at]
     captions = plan.captions() | {row.caption for row in rows}
-    return encodings.fill([*plan.shown(), *rows], captions)
+    shown = [*plan.shown(), *rows]
+    yield from encodings.fill(shown, captions)
+    if lacking := encodings.lacking(shown, captions):
+        yield _warning(
+            f"The cache's limit has no room for {lacking} of this run's {len(shown) + len(captions)} "
+            "encodings, which are made anew in each epoch: raise it with 'livery cache --limit'."
+        )
