@@ -321,3 +321,32 @@ def test_an_a1111_file_has_one_tensor(card_of: Cards, learnt_by: Learn, tmp_path
     told = json.loads(content[8 : 8 + size])
     assert set(told) == {"__metadata__", "emb_params"}
     assert told["emb_params"]["shape"] == [3, 32]
+
+
+@pytest.mark.skipif("sd3" not in FAMILIES, reason="no SD3 here")
+@pytest.mark.parametrize("spec", [SPECS["towers"], SPECS["dora"], LowRankSpec(kind="loha", rank=2)])
+def test_what_lies_otherwise_in_sd3_files_is_turned(
+    spec: LowRankSpec, card_of: Cards, learnt_by: Learn, tmp_path: Path
+):
+    """The last modulations: ComfyUI adds alpha / rank * up @ down to weights whose halves are swapped."""
+    base = tiny("sd3")
+    last = int(cast(Any, base.denoiser).config["num_layers"]) - 1
+    inner = r"norm_out\.linear|transformer_blocks\.\d+\.norm1_context\.linear"
+    spec = spec.model_copy(update={"targets": inner})
+    state = learnt_by(base, spec)
+    path = tmp_path / "a.safetensors"
+    list(export_adapter(path, card_of(base, spec), state, base, "kohya"))
+    assert len(read_file(path, base).layers) == last + 2
+    if spec.kind != "lora" or spec.dora:
+        return
+    tensors, wanted = load_file(path), dict(deltas(layers((spec,), state)))
+    for theirs, ours, turned in (
+        ("final_layer", "norm_out.linear", True),
+        (f"joint_blocks_{last}_context_block", f"transformer_blocks.{last}.norm1_context.linear", True),
+        ("joint_blocks_0_context_block", "transformer_blocks.0.norm1_context.linear", False),
+    ):
+        name = f"lora_unet_{theirs}_adaLN_modulation_1"
+        up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+        change = float(tensors[f"{name}.alpha"]) / down.shape[0] * up @ down
+        first, second = wanted[f"denoiser.{ours}.weight"].chunk(2)
+        assert torch.allclose(change, torch.cat([second, first] if turned else [first, second]), atol=1e-6)

@@ -24,7 +24,7 @@ from livery.tuners.formats.diffusers_lora import folded, to_diffusers
 from livery.tuners.formats.embedding import to_embedding
 from livery.tuners.formats.kohya import to_kohya
 from livery.tuners.formats.metadata import headers
-from livery.tuners.formats.names import kohya_places
+from livery.tuners.formats.names import kohya_places, swapped_layers
 from livery.tuners.importing import read_file
 from livery.tuners.merging import write_merged
 from livery.tuners.rank import reduced
@@ -110,7 +110,7 @@ def _export_layers(
                 text="DoRA: tools read its lengths in different ways (see docs/formats.md); with a rank it "
                 "becomes a plain LoRA that all read alike",
             )
-        tensors, more = to_kohya(found, kohya_places(backbone)), dict[str, str]()
+        tensors, more = to_kohya(found, kohya_places(backbone), swapped_layers(backbone)), dict[str, str]()
     else:
         found = {name: folded(layer) for name, layer in found.items()} if style.fold_alpha else found
         tensors, more = to_diffusers(found, card.family)

@@ -22,7 +22,7 @@ from livery.tuners.formats.content import Content
 from livery.tuners.formats.diffusers_lora import from_diffusers
 from livery.tuners.formats.embedding import KEYS, from_embedding
 from livery.tuners.formats.kohya import from_kohya
-from livery.tuners.formats.names import adaptable, kohya_aliases
+from livery.tuners.formats.names import adaptable, kohya_aliases, swapped_layers
 from livery.tuners.rank import reduced
 
 CHECKPOINTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
@@ -93,7 +93,7 @@ def _content(
         raise LiveryError("it holds no tensor; get the file again")
     modules = adaptable(backbone)
     if any(name.startswith(("lora_unet_", "lora_te", "lora_transformer_")) for name in tensors):
-        return from_kohya(tensors, kohya_aliases(backbone), modules)
+        return from_kohya(tensors, kohya_aliases(backbone), modules, swapped_layers(backbone))
     if any(part in name for name in tensors for part in LORA_WORDS):
         return from_diffusers(tensors, told, backbone.family, modules)
     if any(name in KEYS for name in tensors) or all(tensor.ndim <= 2 for tensor in tensors.values()):

@@ -103,6 +103,22 @@ def _diagonal(leaf: str, parts: list[Layer | None], first: Layer) -> Tensor:
     return torch.block_diag(*blocks)
 
 
+def halves_swapped(name: str, layer: Layer) -> Layer:
+    """The same change of a layer whose halves lie the other way round; its own reverse.
+
+    Raises LiveryError for LoKr, whose factors cross the halves.
+    """
+    if layer.kind == "lokr":
+        raise LiveryError(f"{name} lies the other way round in this format, as LoKr cannot: give a rank")
+    leaves = {
+        leaf: torch.cat([*reversed(tensor.flatten().chunk(2) if leaf == MAGNITUDE else tensor.chunk(2))])
+        if leaf in (*BLOCKS, MAGNITUDE)
+        else tensor
+        for leaf, tensor in layer.leaves.items()
+    }
+    return Layer(layer.kind, leaves, layer.scale)
+
+
 def split_fused(layer: Layer, count: int) -> list[Layer | None]:
     """The reverse of `fuse`, for files of any maker; none where nothing changes.
 

@@ -8,14 +8,14 @@ layers, for diffusers 0.42 takes the usual one where they differ; the rest is in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from livery.nouns import LiveryError
 from livery.tuners.delta import LEAVES, MAGNITUDE, Layer
-from livery.tuners.formats.content import Content, fitted, fuse, split_fused
+from livery.tuners.formats.content import Content, fitted, fuse, halves_swapped, split_fused
 from livery.tuners.formats.diffusers_lora import neat
 from livery.tuners.formats.embedding import bundled
 from livery.tuners.formats.names import Places
@@ -25,10 +25,15 @@ OURS = {theirs: ours for ours, theirs in LORA.items()} | {
     leaf: leaf for kind in ("loha", "lokr") for leaf in LEAVES[kind]
 }
 MIDDLE, ALPHA = "lora_mid.weight", "alpha"
+ORIGINAL = "adaLN_modulation"
+"""In the original code's names of swapped layers, and not in diffusers' names of the same ones."""
 
 
-def to_kohya(layers: Mapping[str, Layer], places: Places) -> dict[str, Tensor]:
-    """The file's tensors. Raises LiveryError for what the format has no name or no form for."""
+def to_kohya(layers: Mapping[str, Layer], places: Places, swapped: Collection[str] = ()) -> dict[str, Tensor]:
+    """The file's tensors; `swapped` are our layers whose halves lie the other way round there.
+
+    Raises LiveryError for what the format has no name or no form for.
+    """
     placed = {layer for group in places.values() for layer in group}
     if strange := sorted(layers.keys() - placed):
         raise LiveryError(
@@ -43,7 +48,7 @@ def to_kohya(layers: Mapping[str, Layer], places: Places) -> dict[str, Tensor]:
             continue
         layer = parts[0] if len(group) == 1 else fuse(name, parts)
         assert layer is not None
-        tensors |= _written(name, layer)
+        tensors |= _written(name, halves_swapped(name, layer) if group[0] in swapped else layer)
     return tensors
 
 
@@ -83,7 +88,10 @@ def _with_a_rank(layer: Layer) -> Layer:
 
 
 def from_kohya(
-    tensors: Mapping[str, Tensor], places: Places, modules: Mapping[str, nn.Linear | nn.Conv2d]
+    tensors: Mapping[str, Tensor],
+    places: Places,
+    modules: Mapping[str, nn.Linear | nn.Conv2d],
+    swapped: Collection[str] = (),
 ) -> Content:
     """What such a file changes in a base with these layers; `places` may hold several names for one.
 
@@ -102,6 +110,8 @@ def from_kohya(
     layers: dict[str, Layer] = {}
     for name, leaves in found.items():
         group, layer = places[name], _read(name, leaves)
+        if group[0] in swapped and ORIGINAL in name:
+            layer = halves_swapped(name, layer)
         parts = [layer] if len(group) == 1 else split_fused(layer, len(group))
         for ours, part in zip(group, parts, strict=True):
             if part is not None:

@@ -99,17 +99,23 @@ def clip_name(module: str) -> str:
     return f"text_model.{module}" if module.startswith("encoder.layers.") else module
 
 
-def _original_places(backbone: Backbone) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The denoiser's layers by their names in the original code (LDM, SGM, MMDiT).
+def swapped_layers(backbone: Backbone) -> frozenset[str]:
+    """Our layers whose halves lie the other way round in the original code: SD3's last modulations."""
+    ways = {key_maps.SWAPPED} if backbone.family == "sd3" else set[key_maps.Way]()
+    return frozenset(layer for way, _, group in _original(backbone) if way in ways for layer in group)
 
-    Without those whose rows lie in another order there: SD3's last modulations.
-    """
+
+def _original_places(backbone: Backbone) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The denoiser's layers by their names in the original code (LDM, SGM, MMDiT)."""
+    return ((theirs, group) for _, theirs, group in _original(backbone))
+
+
+def _original(backbone: Backbone) -> Iterator[tuple[key_maps.Way, str, tuple[str, ...]]]:
     make = key_maps.mmdit if backbone.family == "sd3" else key_maps.unet
     names = [f"{layer.partition('.')[2]}.weight" for layer in _of("denoiser", backbone)]
     for entry in make(cast(Any, backbone.denoiser).config, names):
-        if entry.way in (key_maps.AS_IT_IS, key_maps.STACKED):
-            ours = tuple(f"denoiser.{name.removesuffix('.weight')}" for name in entry.ours)
-            yield f"lora_unet_{entry.theirs.removesuffix('.weight').replace('.', '_')}", ours
+        ours = tuple(f"denoiser.{name.removesuffix('.weight')}" for name in entry.ours)
+        yield entry.way, f"lora_unet_{entry.theirs.removesuffix('.weight').replace('.', '_')}", ours
 
 
 def _of(part: str, backbone: Backbone) -> list[str]:
