@@ -28,7 +28,7 @@ from livery.train.captions import form, forms, plain, random_of, texts_of
 __all__ = ["Plan", "Row", "batches_of_step", "held_out_row", "random_of"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row(Shown):
     """One row of a batch; `random` is its own source of timestep and noise, on the CPU."""
 

@@ -20,7 +20,7 @@ from livery.models.backbone import Backbone
 from livery.nouns import LiveryError, Photo, Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """How a picture is shown, in pixels: resized to `resized` (width, height), `width` x `height` cut out
     of it with its left upper corner at (`left`, `top`), then mirrored if `flipped`.
@@ -49,7 +49,7 @@ class View:
         return View(self.width, self.height, self.resized, left, self.top, not self.flipped)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shown:
     """A photo and how it is shown: what latents and masks are made of."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from livery.models.backbone import Backbone, Conditioning
 from livery.models.checkpoint import fingerprint
+from livery.models.device import send
 from livery.nouns import Photo, PicturesSpec, Progress, sha256_of
 from livery.train.batches import Row
 from livery.train.buckets import Shown, shown_mask, shown_pixels
@@ -30,7 +31,8 @@ from livery.train.checkpoint import write_tensors
 
 PREPARATION = 2
 """Raise when `shown_pixels` or an encoder's use changes: old entries are then left alone."""
-MEMORY_BYTES = 32 << 20
+MEMORY_BYTES = 8 << 20
+"""What entries in memory may take: enough for small models, whose steps are short beside a disk's."""
 
 
 class TensorCache:
@@ -162,7 +164,7 @@ class Encodings:
 
     def latents(self, rows: Sequence[Shown]) -> Tensor:
         """-> [B, C, h, w] fp32 on the backbone's device. All rows are shown at one size."""
-        return torch.cat([self._latents(row) for row in rows]).float().to(self._backbone.device)
+        return send(torch.cat([self._latents(row) for row in rows]).float(), self._backbone.device)
 
     def masks(self, rows: Sequence[Shown]) -> Tensor | None:
         """What each latent cell counts: -> [B, 1, h, w] fp32 in [unmasked_weight, 1] on the device.
@@ -175,7 +177,7 @@ class Encodings:
         view = rows[0].view
         whole = torch.ones(1, view.height // factor, view.width // factor)
         masks = [self._mask(row) if self._masked(row) else whole for row in rows]
-        return (floor + (1 - floor) * torch.stack(masks)).to(self._backbone.device)
+        return send(floor + (1 - floor) * torch.stack(masks), self._backbone.device)
 
     def prompts(self, rows: Sequence[Row]) -> Conditioning:
         """-> B rows on the backbone's device, with `size` as each row's picture is shown."""
@@ -184,7 +186,7 @@ class Encodings:
             made = self._backbone.encode_prompts(texts)
         else:
             made = Conditioning.stack([Conditioning(**self._prompt(text)) for text in texts]).to(device)
-        size = torch.tensor([row.size for row in rows], dtype=torch.float32, device=device)
+        size = send(torch.tensor([row.size for row in rows], dtype=torch.float32), device)
         return replace(made, size=size)
 
     def _latents(self, one: Shown) -> Tensor:
