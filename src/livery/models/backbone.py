@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from livery.models.device import send
 from livery.models.noise import NoiseProcess
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Conditioning:
         return cls(**{name: torch.cat([row.tensors()[name] for row in rows]) for name in names})
 
     def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning(**{name: part.to(device) for name, part in self.tensors().items()})
+        return Conditioning(**{name: send(part, device) for name, part in self.tensors().items()})
 
 
 class Backbone(ABC):

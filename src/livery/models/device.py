@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from livery.nouns import LiveryError
@@ -58,6 +59,13 @@ def autocast(device: torch.device, precision: Precision, cells: int) -> Iterator
         sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
     ):
         yield
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on the host to the device, without waiting for what the device is at: by pinned memory."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

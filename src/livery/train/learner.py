@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from livery.models.backbone import Backbone, Conditioning
-from livery.models.device import autocast, resolve
+from livery.models.device import autocast, resolve, send
 from livery.models.noise import for_recipe
 from livery.nouns import LiveryError, MemorySpec, Recipe
 from livery.train.batches import Plan, Row, batches_of_step, random_of
@@ -161,14 +161,14 @@ class Learner:
         t = torch.cat([self.law.sample_timesteps(1, row.random) for row in rows])
         noise = [draw_noise(clean.shape[1:], row.random, spec) for row in rows]
         mixed = [perturbed(one, row.random, spec) for one, row in zip(noise, rows, strict=True)]
-        on_device = torch.stack(noise).to(device)
+        on_device = send(torch.stack(noise), device)
         return Batch(
             rows=rows,
             clean=clean,
-            t=t.to(device),
+            t=send(t, device),
             noise=on_device,
-            mixed=torch.stack(mixed).to(device) if spec.input_perturbation else on_device,
-            weights=torch.tensor([row.weight for row in rows]).to(device),
+            mixed=send(torch.stack(mixed), device) if spec.input_perturbation else on_device,
+            weights=send(torch.tensor([row.weight for row in rows]), device),
             mask=self.encodings.masks(rows),
             prompts=None if self.encodings.towers_train else self.encodings.prompts(rows),
         )
