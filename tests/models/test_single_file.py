@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from livery.models import architectures, recognition, single_file, tiny
-from livery.models.architectures import Architecture, architecture
+from livery.models import architectures, part_config, recognition, tiny
+from livery.models.architectures import NAMES, Architecture, architecture
 from livery.models.backbone import Backbone
 from livery.models.clip_vocabulary import clip_tokenizer
 from livery.models.layouts import LAYOUTS
@@ -23,6 +23,7 @@ from livery.models.sd1 import SD1
 from livery.models.sd3 import SD3
 from livery.models.sdxl import SDXL
 from livery.models.single_file import load_single_file, save_single_file
+from livery.models.weights_file import Header, Stored
 from livery.nouns import LiveryError
 
 TINY: Mapping[str, Callable[[], Backbone]] = {
@@ -189,9 +190,7 @@ def test_a_file_of_another_tool_is_known_by_its_shapes(name: str, tmp_path: Path
     assert set(after) == set(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     if name.startswith("sd3") and "without" not in name:
-        assert (
-            "holds text_encoder_3 (T5), but its words are in no package: loaded without it" in again.notes[0]
-        )
+        assert "loaded without text_encoder_3 (T5): its words are in no package" in again.notes[0]
         assert "text_encoder_3" not in again.towers
     else:
         assert again.notes == ()
@@ -217,13 +216,47 @@ def test_t5_is_read_when_its_words_are_beside_the_file(tmp_path: Path, shipped: 
     words = tiny.letter_tokenizer(length=24)
     words.save_pretrained(tmp_path / "elsewhere" / "tokenizer_3")
     assert "text_encoder_3" not in load_single_file(path).towers
-    again = load_single_file(path, tokenizers=tmp_path / "elsewhere")
+    again = load_single_file(path, beside=tmp_path / "elsewhere")
     assert again.notes == ()
     assert weights(again).keys() == weights(backbone).keys()
     shutil.move(tmp_path / "elsewhere" / "tokenizer_3", tmp_path / "tokenizer_3")
     assert load_single_file(path).sha256 == again.sha256
     prompts = ["a cat"]
     assert torch.equal(again.encode_prompts(prompts).tokens, backbone.encode_prompts(prompts).tokens)
+
+
+def test_parts_that_a_file_lacks_are_read_from_beside_it(tmp_path: Path, shipped: Any):
+    """SD3.5 is published as transformer and autoencoder alone."""
+    backbone = SD3.tiny()
+    path, found = strangers(tmp_path, backbone)
+    shipped({"small": found})
+    tensors, _ = tensors_of(path)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("text_encoders.")}
+    assert len(kept) < len(tensors)
+    safetensors.torch.save_file(kept, path)
+    with pytest.raises(
+        LiveryError, match=r"it holds no text_encoder .* put the folder text_encoder of a diff"
+    ):
+        load_single_file(path)
+    backbone.save(tmp_path / "folder")
+    again = load_single_file(path, beside=tmp_path / "folder")
+    assert again.sha256 == backbone.sha256
+    assert [note.split(":")[0] for note in again.notes] == [
+        f"model.safetensors has no {part}" for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
+    ]
+    shutil.rmtree(tmp_path / "folder" / "text_encoder_3")
+    assert "text_encoder_3" not in load_single_file(path, beside=tmp_path / "folder").towers
+
+
+def test_t5_that_cannot_be_used_need_not_be_understood(tmp_path: Path, shipped: Any):
+    """As in files with T5 in scaled 8-bit numbers, which need more tensors."""
+    scale = {"text_encoders.t5xxl.transformer.shared.scale_weight": torch.ones(1)}
+    path, found = strangers(tmp_path, SD3.tiny(), **scale)
+    shipped({"small": found})
+    assert "text_encoder_3" not in load_single_file(path).towers
+    tiny.letter_tokenizer(length=24).save_pretrained(tmp_path / "tokenizer_3")
+    with pytest.raises(LiveryError, match=r"shared\.scale_weight is one too many"):
+        load_single_file(path)
 
 
 def test_a_missing_projection_of_clip_is_the_identity(tmp_path: Path, shipped: Any):
@@ -280,6 +313,27 @@ def test_a_file_without_an_autoencoder_is_refused(tmp_path: Path, shipped: Any):
     safetensors.torch.save_file(kept, path)
     with pytest.raises(LiveryError, match=r"it holds no vae \(first_stage_model\.\*\), get the file that"):
         load_single_file(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_full_size_files_are_known_by_their_headers(name: str, prediction: str):
+    found = architecture(name)
+    layout, stored = LAYOUTS[found.layout], dict[str, Stored]()
+    for part in found.modules:
+        with torch.device("meta"):
+            state = architectures.build(found.parts[part], part).state_dict()
+        for entry in layout.entries(part, found.parts[part], state):
+            shape = tuple(entry.way.join([state[ours] for ours in entry.ours]).shape)
+            stored[entry.theirs] = Stored(torch.float16, shape)
+    assert recognition.layout_of(Path("x"), stored) is layout
+    header = Header({}, stored)
+    known = recognition.matched(Path("x"), header, layout, recognition.canonical(stored), prediction)
+    twins = {"sd2.1": "v_prediction", "sd2.1-base": "epsilon"}
+    if name in twins:
+        assert known == architecture(next(twin for twin, what in twins.items() if what == prediction))
+    else:
+        assert known == found
 
 
 def test_a_tiny_file_is_told_from_the_real_sizes(tmp_path: Path):
@@ -416,7 +470,7 @@ def test_a_header_that_does_not_fit_is_refused(
 def test_tokenizer_files_of_a_header_have_known_names():
     config = {"_class_name": "CLIPTokenizer", "files": {"../../evil.py": "1"}}
     with pytest.raises(LiveryError, match=r"tokenizer has a file \.\./\.\./evil\.py; not one livery reads"):
-        single_file._other(Path("x"), "tokenizer", config)  # pyright: ignore[reportPrivateUsage]
+        part_config.restored(Path("x"), "tokenizer", config)
 
 
 def test_every_layout_is_tried_here():

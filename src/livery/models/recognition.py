@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +100,21 @@ def card_of(architecture: Architecture) -> str:
 
 
 def matched(
-    path: Path, header: Header, layout: Layout, names: Mapping[str, str], prediction: str | None
+    path: Path,
+    header: Header,
+    layout: Layout,
+    names: Mapping[str, str],
+    prediction: str | None,
+    unread: Collection[str] = (),
 ) -> Architecture:
     """The shipped architecture whose shapes the file has; among equal ones, the one that predicts so.
 
-    Raises LiveryError that names the first tensor that fits none.
+    Parts in `unread` are not compared. Raises LiveryError that names the first tensor that fits none.
     """
     candidates = [
         found for found in map(architectures.architecture, architectures.NAMES) if found.layout == layout.name
     ]
-    differences = {found.title: problems(found, header, layout, names) for found in candidates}
+    differences = {found.title: problems(found, header, layout, names, unread) for found in candidates}
     fitting = [found for found in candidates if not differences[found.title]]
     if fitting:
         said = [a for a in fitting if a.parts["scheduler"].get("prediction_type") == prediction]
@@ -122,16 +127,23 @@ def matched(
 
 
 def problems(
-    architecture: Architecture, header: Header, layout: Layout, names: Mapping[str, str]
+    architecture: Architecture,
+    header: Header,
+    layout: Layout,
+    names: Mapping[str, str],
+    unread: Collection[str] = (),
 ) -> list[str]:
-    """Each way in which the file's tensors differ from the architecture's."""
+    """Each way in which the file's tensors differ from the architecture's; parts in `unread` may."""
     found: list[str] = []
     for part, (prefix, _) in layout.parts.items():
         present = {name for name in names if name.startswith(prefix)}
-        if part not in architecture.parts or (not present and part in layout.optional):
+        if part in unread or part not in architecture.parts or (not present and part in layout.optional):
             continue
         if not present:
-            found.append(f"it holds no {part} ({prefix}*), get the file that includes it")
+            found.append(
+                f"it holds no {part} ({prefix}*), get the file that includes it, or put the folder {part} of "
+                "a diffusers version beside the file"
+            )
             continue
         expected = _expected(architecture.parts[part], layout, part)
         for name, shapes in expected.items():

@@ -7,8 +7,6 @@ into the header, so that models of any size come back exactly.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,22 +18,15 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from livery.models import architectures, recognition, text, weights_file
+from livery.models import architectures, checkpoint, part_config, recognition, text, weights_file
 from livery.models.architectures import Architecture
 from livery.models.backbone import Backbone
-from livery.models.clip_vocabulary import clip_tokenizer, is_clip_vocabulary
 from livery.models.layouts import LAYOUTS, UNREAD, Layout
 from livery.models.weights_file import Header, Made
 from livery.nouns import LiveryError
 
-TOKENIZERS = {"CLIPTokenizer": transformers.CLIPTokenizer, "T5Tokenizer": transformers.T5Tokenizer}
-TOKENIZER_FILES = frozenset(
-    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
-)
-UNSAID = frozenset({"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"})
-"""Keys of transformers' configurations that describe files, not models."""
-UNSAID_OF_WORDS = frozenset({"is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file"})
-"""Keys of a tokenizer's configuration that tell where it was read."""
+STEMS = {"vae": "diffusion_pytorch_model"}
+"""How weight files of parts beside are called, where it is not "model"."""
 
 
 def load_single_file(
@@ -44,13 +35,14 @@ def load_single_file(
     family: str | None = None,
     device: str = "cpu",
     prediction: str | None = None,
-    tokenizers: Path | None = None,
+    beside: Path | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> Backbone:
     """A base model from one safetensors file in the layout of SD 1.x, SD 2.x, SDXL or SD3.
 
-    `prediction` is "epsilon" or "v", for files that do not say. T5's words ship with no package: `tokenizers`
-    is a folder that holds `tokenizer_3`, by default the file's own; without, SD3 is loaded without T5.
+    `prediction` is "epsilon" or "v", for files that do not say. `beside` is a folder, by default the file's
+    own, where parts that the file lacks are looked for under their diffusers names: SD3.5's files lack all
+    text encoders, and every SD3 file lacks `tokenizer_3`, T5's words, without which T5 is left out.
     `dtype` none keeps the file's types. What was assumed is in the backbone's `notes`.
     Raises LiveryError when the file is a pickle, damaged, of another family, or of no known shape.
     """
@@ -59,23 +51,33 @@ def load_single_file(
     layout = recognition.layout_of(path, names)
     if family not in (None, layout.family):
         raise LiveryError(f"{path}: a checkpoint of the family {layout.family}, not {family}")
+    folder, said = beside or path.parent, recognition.stated(path, header)
+    others = _beside(folder, layout, names)
+    wordless = _wordless(folder, layout, names, said)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             get = cast(Any, file).get_tensor
             predicts, note = recognition.prediction_of(path, header, layout, get, prediction)
-            shapes = _architecture(path, header, layout, names, predicts)
-            shapes, without = _with_words(path, shapes, layout, names, tokenizers or path.parent)
+            unread = {*others, *wordless}
+            shapes = _architecture(path, header, layout, names, said, predicts, unread)
             parts: dict[str, Any] = {
                 part: _read_part(path, get, shapes.parts[part], layout, part, names, dtype)
                 for part in shapes.modules
+                if part not in unread and any(name.startswith(layout.parts[part][0]) for name in names)
             }
     except (SafetensorError, OSError) as error:
         raise LiveryError(f"{path}: damaged ({error}); get the file again") from None
-    for part, config in shapes.parts.items():
-        if part not in parts:
-            parts[part] = _other(path, part, config)
+    for part in others & set(shapes.modules):
+        kind = architectures.CLASSES[shapes.parts[part]["_class_name"]]
+        parts[part] = checkpoint.read_part(kind, folder, part, STEMS.get(part, "model"))
+    for part, config in _words_and_schedule(folder, shapes, parts).items():
+        parts[part] = part_config.restored(path, part, config)
     backbone = architectures.assemble(shapes.family, {**parts, **shapes.settings}, where=str(path))
-    backbone.notes = tuple(filter(None, (note, without, _left_over(path, layout, names))))
+    backbone.notes = (
+        *filter(None, (note, _left_over(path, layout, names))),
+        *(f"{path.name} has no {part}: read from {folder / part}" for part in sorted(others & set(parts))),
+        *_without(path, shapes, layout, parts),
+    )
     return cast(Any, backbone).to(device)
 
 
@@ -91,7 +93,7 @@ def save_single_file(backbone: Backbone, path: Path, dtype: torch.dtype | None =
         family=backbone.family,
         layout=layout.name,
         parts={
-            name: _described(part, name)
+            name: part_config.described(part, name)
             for name, part in parts.items()
             if name in layout.parts or name.startswith(("tokenizer", "scheduler"))
         },
@@ -114,40 +116,68 @@ def save_single_file(backbone: Backbone, path: Path, dtype: torch.dtype | None =
 # ------------------------------------------------------------------ reading
 
 
+def _beside(folder: Path, layout: Layout, names: Mapping[str, str]) -> set[str]:
+    """Parts that the file lacks and a folder of diffusers' name holds."""
+    lacking = {
+        part
+        for part, (prefix, _) in layout.parts.items()
+        if not any(name.startswith(prefix) for name in names)
+    }
+    return {part for part in lacking if (folder / part / "config.json").is_file()}
+
+
+def _wordless(folder: Path, layout: Layout, names: Mapping[str, str], said: Architecture | None) -> set[str]:
+    """Optional encoders that cannot be used, for nothing brings their words: T5's are in no package."""
+    found: set[str] = set()
+    for part in layout.optional:
+        words = part.replace("text_encoder", "tokenizer")
+        if not (folder / words).is_dir() and (said is None or words not in said.parts):
+            found.add(part)
+    return found
+
+
 def _architecture(
-    path: Path, header: Header, layout: Layout, names: Mapping[str, str], predicts: str | None
+    path: Path,
+    header: Header,
+    layout: Layout,
+    names: Mapping[str, str],
+    said: Architecture | None,
+    predicts: str | None,
+    unread: set[str],
 ) -> Architecture:
     """What the file says or fits, with the schedule that was told."""
-    found = recognition.stated(path, header)
-    if found is None:
-        found = recognition.matched(path, header, layout, names, predicts)
-    elif found.layout != layout.name:
-        raise LiveryError(f"{path}: its header says {found.layout}, its tensors {layout.name}; get it again")
-    elif differences := recognition.problems(found, header, layout, names):
+    if said is None:
+        found = recognition.matched(path, header, layout, names, predicts, unread)
+    elif said.layout != layout.name:
+        raise LiveryError(f"{path}: its header says {said.layout}, its tensors {layout.name}; get it again")
+    elif differences := recognition.problems(said, header, layout, names, unread):
         raise LiveryError(f"{path}: its header does not fit its tensors: {differences[0]}; get it again")
+    else:
+        found = said
     scheduler = recognition.schedule(found.parts["scheduler"], predicts, zero_snr="ztsnr" in names)
     return replace(found, parts={**found.parts, "scheduler": scheduler})
 
 
-def _with_words(
-    path: Path, shapes: Architecture, layout: Layout, names: Mapping[str, str], folder: Path
-) -> tuple[Architecture, str]:
-    """Find the words of optional encoders, or leave the encoder out; the second is a note, or ""."""
-    parts, note = dict(shapes.parts), ""
-    for part in layout.optional & set(parts):
+def _words_and_schedule(
+    folder: Path, shapes: Architecture, parts: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """Configurations of what has no weights, for the encoders that were read."""
+    found = {part: config for part, config in shapes.parts.items() if part not in shapes.modules}
+    for part in parts:
         words = part.replace("text_encoder", "tokenizer")
-        if not any(name.startswith(layout.parts[part][0]) for name in names):
-            del parts[part]
-            parts.pop(words, None)
-        elif words not in parts and (folder / words).is_dir():
-            parts[words] = _words(text.read_tokenizer(transformers.T5Tokenizer, folder / words))
-        elif words not in parts:
-            del parts[part]
-            note = (
-                f"{path.name} holds {part} (T5), but its words are in no package: loaded without it; to use "
-                f"it, put the folder {words} of a diffusers version of the model beside the file"
-            )
-    return replace(shapes, parts=parts), note
+        if words != part and words not in found:
+            found[words] = part_config.words_of(text.read_tokenizer(transformers.T5Tokenizer, folder / words))
+    return found
+
+
+def _without(path: Path, shapes: Architecture, layout: Layout, parts: Mapping[str, Any]) -> list[str]:
+    """Notes on optional encoders that were left out."""
+    return [
+        f"{path.name} is loaded without {part} (T5): its words are in no package, and SD3 works without; to "
+        f"use it, put the folder {part.replace('text_encoder', 'tokenizer')} of a diffusers version of the "
+        f"model beside the file, and {part} too if the file lacks it"
+        for part in sorted(layout.optional & set(shapes.parts) - set(parts))
+    ]
 
 
 def _read_part(
@@ -178,25 +208,6 @@ def _read_part(
     return module
 
 
-def _other(path: Path, part: str, config: Mapping[str, Any]) -> Any:
-    """A scheduler or a tokenizer."""
-    if part == "scheduler":
-        return architectures.build_other(config, part, str(path))
-    kind = TOKENIZERS.get(str(config.get("_class_name")))
-    if kind is None:
-        raise LiveryError(f"{path}: {part} is of the class {config.get('_class_name')}; not one livery reads")
-    if "files" not in config:
-        return clip_tokenizer(config["pad_token"], config["model_max_length"])
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / part
-        folder.mkdir()
-        for name, content in config["files"].items():
-            if name not in TOKENIZER_FILES:
-                raise LiveryError(f"{path}: {part} has a file {name}; not one livery reads")
-            (folder / name).write_text(content, "utf-8")
-        return text.read_tokenizer(kind, folder)
-
-
 def _left_over(path: Path, layout: Layout, names: Mapping[str, str]) -> str:
     """A note on tensors of no part; those of parts were compared before."""
     prefixes = tuple(prefix for prefix, _ in layout.parts.values())
@@ -217,33 +228,6 @@ def _layout(family: str, parts: Mapping[str, Any]) -> Layout:
     if family == "sd1":
         return LAYOUTS["sd1" if parts["text_encoder"].config.hidden_act == "quick_gelu" else "sd2"]
     return fitting[0]
-
-
-def _described(part: Any, name: str) -> dict[str, Any]:
-    """A part's configuration as JSON."""
-    if name.startswith("tokenizer"):
-        return _words(part)
-    kind = {"_class_name": type(part).__name__}
-    if isinstance(part, transformers.PreTrainedModel):
-        config = {key: value for key, value in part.config.to_diff_dict().items() if key not in UNSAID}
-    else:
-        config = dict(part.config)
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return kind | json.loads(json.dumps(plain, default=list))
-
-
-def _words(tokenizer: Any) -> dict[str, Any]:
-    """CLIP's words ship with livery; of other tokenizers the files are kept."""
-    kind = {"_class_name": type(tokenizer).__name__}
-    if isinstance(tokenizer, transformers.CLIPTokenizer) and is_clip_vocabulary(tokenizer):
-        return kind | {"pad_token": tokenizer.pad_token, "model_max_length": tokenizer.model_max_length}
-    with tempfile.TemporaryDirectory() as place:
-        tokenizer.save_pretrained(place)
-        files = {name: (Path(place) / name) for name in TOKENIZER_FILES}
-        content = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
-    told: dict[str, Any] = json.loads(content["tokenizer_config.json"])
-    kept = {key: value for key, value in told.items() if key not in UNSAID_OF_WORDS}
-    return kind | {"files": content | {"tokenizer_config.json": json.dumps(kept)}}
 
 
 def _made(
