@@ -24,6 +24,7 @@ COLUMNS = [
     "saves and reloads",
     "detaches bit for bit",
     "resumes bit for bit",
+    "resumes after kill -9",
     "exports and comes back",
     "diffusers draws the same",
 ]

@@ -4,9 +4,9 @@ Usage: python resume_victim.py FOLDER KILLS   one long training with each number
        python resume_victim.py FOLDER matrix  for every family and tuner a short training whole, and one that
                                               is killed once and has its cache deleted before it goes on
 
-Run by test_resume.py and by the matrix. Prints one JSON list of outcomes, each in FOLDER/NAME. It is a process
-of its own, in which each victim is a cheap fork: the parent computes with one thread, so it has no others that
-a fork would lose.
+Run by test_resume.py and by the matrix. Prints one JSON list of outcomes, each in FOLDER/NAME. It is a
+process of its own, in which each victim is a cheap fork: the parent computes with one thread, so it has no
+others that a fork would lose.
 """
 
 import json
@@ -34,16 +34,18 @@ from tests.matrix.cells import FAMILIES, TUNERS, WORD
 
 torch.set_num_threads(1)
 
-LONG = Recipe(
-    tuners=(LowRankSpec(rank=2, dropout=0.2),),
-    steps=20,
-    batch_size=2,
-    accumulate=2,
-    warmup_steps=3,
-    learning_rate=1e-2,
-    precision="fp32",
-    validate_every=5,
-    checkpoint_every=2,
+LONG = Recipe.model_validate(  # with a key of version 1, which cuts pictures to squares and keeps the last
+    {
+        "tuners": (LowRankSpec(rank=2, dropout=0.2),),
+        "steps": 20,
+        "batch_size": 2,
+        "accumulate": 2,
+        "warmup_steps": 3,
+        "learning_rate": 1e-2,
+        "precision": "fp32",
+        "validate_every": 5,
+        "checkpoint_every": 2,
+    }
 )
 OPTIMIZERS = ("adamw", "lion", "prodigy", "adafactor")
 """Taken in turn by the cells of the matrix, so that each family and most tuners meet each."""

@@ -1,7 +1,7 @@
 """A run that was killed with SIGKILL, at random moments, ends in the bytes of the run that was not.
 
-One long training killed again and again, and a short one for every family and tuner, killed once and with
-its cache deleted before it goes on.
+One long training, killed again and again; `tests/matrix/test_kills.py` kills a short one of every family and
+tuner.
 """
 
 import json
@@ -29,10 +29,9 @@ class Outcome(NamedTuple):
         return self.lives[-1][-1]["run"]
 
 
-@pytest.fixture(scope="module")
-def all_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(VICTIM), str(folder), ",".join(map(str, KILLS))]
+def outcomes_of(what: str, folder: Path) -> dict[str, Outcome]:
+    """What the victims' process made of it; by name."""
+    command = [sys.executable, str(VICTIM), str(folder), what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return {
@@ -46,10 +45,11 @@ def _adapter(folder: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-@pytest.fixture
-def outcomes(all_outcomes: dict[str, Outcome]) -> list[Outcome]:
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     """One unbroken run, then killed ones."""
-    return [all_outcomes[str(number)] for number in range(len(KILLS))]
+    found = outcomes_of(",".join(map(str, KILLS)), tmp_path_factory.mktemp("runs"))
+    return [found[str(number)] for number in range(len(KILLS))]
 
 
 def test_the_kills_came_in_time_to_prove_something(outcomes: list[Outcome]):
@@ -82,19 +82,3 @@ def test_each_life_starts_right_behind_a_checkpoint(outcomes: list[Outcome]):
         assert first % 2 == 1
         assert [step["step"] for step in steps] == [*range(first, first + len(steps))]
         assert steps == [expected[step["step"]] for step in steps]
-
-
-def test_every_family_with_every_tuner_resumes_bit_for_bit(all_outcomes: dict[str, Outcome]):
-    """Over four optimisers, with and without a running mean, dropout, and a cache that is made anew."""
-    cells = [name for name in all_outcomes if " " in name and not name.endswith(" killed")]
-    assert len(cells) >= 33
-    cut, failed = 0, []
-    for name in cells:
-        whole, killed = all_outcomes[name], all_outcomes[f"{name} killed"]
-        assert whole.deaths == [0], f"{name}: {whole.lives}"
-        cut += killed.deaths == [9, 0]
-        same = killed.adapter == whole.adapter and killed.record["steps"] == whole.record["steps"]
-        if not (whole.adapter and same and killed.record["validations"] == whole.record["validations"]):
-            failed.append(name)
-    assert not failed
-    assert cut >= 0.9 * len(cells)
