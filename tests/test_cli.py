@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from livery import cli
+
 LIVERY = [sys.executable, "-m", "livery"]
 
 
@@ -105,3 +107,19 @@ def test_the_cache_is_shown_bounded_and_emptied(tmp_path: Path) -> None:
     assert told("--clear") == (0, 3072, 3072)
     assert "limit" in livery("cache", cwd=tmp_path).stdout
     assert "'much' is no size" in livery("cache", "--limit", "much", cwd=tmp_path).stderr
+
+
+def test_several_processes_run_the_same_command_through_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def become(program: str, arguments: list[str]) -> None:
+        asked.append(arguments)
+        raise SystemExit
+
+    monkeypatch.setattr("os.execv", become)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["livery", "train", "--data", "x", "--processes", "2"])
+    with pytest.raises(SystemExit):
+        cli.app(["train", "--data", "x", "--processes", "2"])
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "livery"]
+    assert asked == [[sys.executable, *starter, "train", "--data", "x", "--processes", "2"]]

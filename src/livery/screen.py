@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from livery.train.cache_folder import CacheState
 
 MIB = 1 << 20
+BLOCKS = "▁▂▃▄▅▆▇█"
 STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -69,16 +70,20 @@ class Screen:
             case nouns.Step(loss=loss):
                 self._detail = f"loss {loss:.3f}"
             case nouns.Validation(step=step, loss=loss):
-                self._line(f"  held-out loss {loss:.4f} at step {step}")
+                seen = f", {event.train:.4f} on photos it learns from" if event.train is not None else ""
+                self._line(f"  held-out loss {loss:.4f}{seen} at step {step}")
             case nouns.Note(text=text, level=level):
                 self._line(escape(text), "yellow" if level == "warning" else "bold")
             case nouns.Refused(file=file, reason=reason):
                 self._line(f"refused {escape(file)}: {escape(reason)}", "red")
+            case nouns.Trained(adapter=adapter, run=run):
+                for line in curves(run):
+                    self._line(line)
+                self._console.print(card(adapter))
             case (
                 nouns.Estimated(estimate=noun)
                 | nouns.Ingested(dataset=noun)
                 | nouns.Made(adapter=noun)
-                | nouns.Trained(adapter=noun)
                 | nouns.Evaluated(report=noun)
             ):
                 self._console.print(card(noun))
@@ -101,6 +106,23 @@ class Screen:
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, highlight=False)
+
+
+def curves(run: nouns.Run) -> Iterable[str]:
+    """Both curves of a run as a line of blocks each, on one scale, and below them where the kept step is."""
+    looks = run.validations
+    if len(looks) < 2:
+        return
+    trained = [look.train for look in looks if look.train is not None]
+    known = [look.loss for look in looks] + trained
+    low, high = min(known), max(known)
+    held_out = [look.loss for look in looks]
+    named = [("held out", held_out)] + ([("learned from", trained)] if len(trained) == len(looks) else [])
+    for name, values in named:
+        bars = "".join(BLOCKS[round((value - low) / ((high - low) or 1) * 7)] for value in values)
+        yield f"  {name:>12} {bars}  {values[0]:.4f} -> {values[-1]:.4f}"
+    if place := next((i for i, look in enumerate(looks) if look.step == run.chosen_step), None):
+        yield f"  {'kept':>12} {' ' * place}^ step {run.chosen_step}"
 
 
 def card(noun: Noun) -> RenderableType:
