@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from livery.models.sd1 import SD1
+from livery.models.single_file import save_single_file
 from livery.nouns import (
     Adapter,
     Dataset,
@@ -21,6 +24,7 @@ from livery.nouns import (
     Ingested,
     LiveryError,
     LowRankSpec,
+    Note,
     PluginSpec,
     Recipe,
     Report,
@@ -191,3 +195,50 @@ def test_a_kind_that_nobody_registered_is_refused_before_the_base_is_read(home: 
     wrong = Recipe(base="nowhere", tuners=(PluginSpec(kind="lorra"),))
     with pytest.raises(LiveryError, match="no tuner is called 'lorra': did you mean 'lora'"):
         list(studio.train(wrong, dataset.id))
+
+
+def test_dreambooth_with_masks_from_a_folder_of_pictures(home: Path, tmp_path: Path) -> None:
+    """Transparent pictures and one class photo: the base draws the other, the mask's blob is read."""
+    rng = np.random.default_rng(1)
+    for name in ("mine/0", "mine/1", "_class/2"):
+        pixels = rng.integers(0, 255, (40, 50, 4), dtype=np.uint8)
+        pixels[:, :, 3] = 255
+        pixels[:, :25, 3] = 0
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    studio = Studio(Store(tmp_path / "work"))
+    ingested = last(studio.ingest(tmp_path / "mine" / "..", name="dogs", masks="alpha"))
+    assert isinstance(ingested, Ingested)
+    assert sorted(photo.prior for photo in ingested.dataset.photos) == [False, False, True]
+    asked = recipe(home).model_dump(mode="json") | {
+        "pictures": {"masks": "loss"},
+        "prior": {"kind": "photos", "prompt": "a dog", "count": 2},
+        "validate_every": 0,
+    }
+    trained = last(studio.train(Recipe.model_validate(asked), ingested.dataset.id))
+    assert isinstance(trained, Trained)
+    assert len(trained.run.steps) == 3
+    counts = {share.what: share.count for share in studio.cache().shares}
+    assert counts["masks"] == 2 + 1
+    assert counts["latents"] == 2 + 2
+    assert counts["class"] == 8
+    assert studio.cache(clear=True).shares == ()
+
+
+def test_a_base_in_one_file_draws_and_says_what_was_left_out(tmp_path: Path):
+    file = tmp_path / "model.safetensors"
+    save_single_file(SD1.tiny(), file)
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    save_file({**tensors, "somebody.else": torch.ones(1)}, file, metadata)
+    events = list(Studio(Store(tmp_path / "work")).generate(["a thing"], base=str(file), steps=1))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == ["model.safetensors has 1 tensors that no part reads, first somebody.else: left out"]
+    assert isinstance(events[-1], Drawn)
+
+
+def test_a_dry_run_needs_no_weights(tmp_path: Path):
+    findings = Studio(Store(tmp_path)).doctor("sd1.5", rank=8)
+    assert [finding.what for finding in findings][-1] == "sd1.5: LoRA"
+    assert findings[-1].found.startswith("rank 8 on 160 layers")

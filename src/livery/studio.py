@@ -186,6 +186,7 @@ class Studio:
                 if isinstance(event, Estimated):
                     refuse(event.estimate, max_hours, max_cost)
         backbone = self._backbone(recipe.base, recipe.family)
+        yield from (Note(text=note) for note in backbone.notes)
         run_id = sha256_of({"recipe": recipe.id, "dataset": dataset.id, "base": backbone.sha256})
         with peers(backbone.device) as group:
             for event in train(
@@ -375,6 +376,7 @@ class Studio:
         found = self.store.get(Adapter, adapter) if adapter else None
         recipe = found.card.recipe if found else None
         engine = Engine(self._backbone(base or (recipe.base if recipe else "starter")))
+        yield from (Note(text=note) for note in engine.backbone.notes)
         rows = [
             (with_trigger(p, recipe.trigger if recipe else ""), seed + n)
             for p in prompts
