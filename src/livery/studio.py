@@ -290,6 +290,7 @@ class Studio:
         Exactly, or at a given `rank`. With `into` instead as a model of their own: a checkpoint file, or a
         diffusers folder; the last event is Written.
         """
+        from livery.tuners.export import words_left
         from livery.tuners.making import check_bases, merge_adapters
         from livery.tuners.merging import write_merged
 
@@ -302,6 +303,8 @@ class Studio:
         items = list(zip(held, strengths, strict=True))
         if into is not None:
             check_bases(held, backbone)
+            for each in held:
+                yield from words_left(each.state)
             yield from write_merged(into, backbone, [(each.layers, w) for each, w in items], dtype)
             return
         card, state, report = merge_adapters(items, backbone, base, rank)

@@ -260,6 +260,16 @@ def test_what_onetrainer_calls_its_tensor_is_read(tmp_path: Path):
     assert list(read_file(tmp_path / "acme.safetensors", base).words) == [("text_encoder", "acme")]
 
 
+@pytest.mark.skipif("sd3" not in FAMILIES, reason="no SD3 here")
+def test_what_onetrainer_calls_t5_is_read(tmp_path: Path):
+    base = tiny("sd3")
+    vectors = {"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 32), "t5": torch.ones(1, 64)}
+    save_file(vectors, tmp_path / "acme.safetensors")
+    found = read_file(tmp_path / "acme.safetensors", base)
+    assert found.unmatched == ()
+    assert set(found.words) == {(tower, "acme") for tower in base.towers}
+
+
 def test_words_that_a_lora_brings_along_are_read(learnt_by: Learn, tmp_path: Path):
     base = tiny("sd1")
     bundle = {"bundle_emb.acme.clip_l": torch.ones(2, 32)}

@@ -99,7 +99,7 @@ def _export_layers(
     found = layers(card.recipe.tuners, state)
     if not found:
         raise LiveryError("the adapter teaches words only: take the format embedding, or learned_embeds")
-    yield from _words_left(state)
+    yield from words_left(state)
     if style.rank is not None:
         found, report = reduced(found, style.rank, base_weights(backbone))
         yield report
@@ -134,11 +134,12 @@ def _export_merged(
     found = layers(card.recipe.tuners, state)
     if not found:
         raise LiveryError("the adapter teaches words only, which a model's weights have no place for")
-    yield from _words_left(state)
+    yield from words_left(state)
     yield from write_merged(path, backbone, [(found, 1.0)], style.dtype)
 
 
-def _words_left(state: Mapping[str, Tensor]) -> Iterator[Event]:
+def words_left(state: Mapping[str, Tensor]) -> Iterator[Event]:
+    """A warning when a state has new words, which a file of weights does not take."""
     if learnt := sorted({word for _, word in words(state)}):
         yield Note(
             level="warning",

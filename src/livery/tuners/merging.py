@@ -77,6 +77,8 @@ def write_merged(
     """
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise LiveryError(f"{path}: is there already; name a new file or folder")
+    if not any(found for found, _ in items):
+        raise LiveryError("the adapters teach words only, which a model's weights have no place for")
     single = path.suffix == ".safetensors"
     beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def reduced(
     for name, layer in found.items():
         if layer.kind == "full":
             for leaf, tensor in layer.leaves.items():
-                change = tensor.float() - (weights or {})[f"{name}.{leaf}"].float()
+                change = tensor.float() - (weights or {})[f"{name}.{leaf}"].to(tensor.device).float()
                 if leaf == "weight" and change.ndim in (2, 4):
                     lowered[name] = lower(change, rank)
                 else:
