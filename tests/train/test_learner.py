@@ -166,6 +166,30 @@ def test_fused_backward_trains_as_one_update_behind_the_backward_pass(make: Any)
     assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in one.items())
 
 
+def test_scaled_losses_for_fp16_train_as_plain_ones_and_an_overflow_skips_a_step(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The arithmetic stays fp32 here, as no CPU has fp16: what is shown is that the scale cancels out."""
+    plain = make()
+    wanted = moved(plain, 3)
+    plain.attached.undo()
+    monkeypatch.setattr("livery.train.learner.resolve", lambda *_: "fp16")
+    scaled = make()
+    moved(scaled, 2)
+    stored = scaled.state()
+    assert float(stored["scaler/scale"]) == 2**16
+    scaled.step(2)
+    found = scaled.attached.state()
+    assert all(torch.allclose(wanted[name], tensor, rtol=1e-4, atol=1e-7) for name, tensor in found.items())
+    scaled.load(stored)
+    hook = next(iter(scaled.params.values())).register_hook(lambda gradient: gradient * float("inf"))
+    assert scaled.step(2).gradient == 0
+    hook.remove()
+    assert float(scaled.state()["scaler/scale"]) == 2**15
+    now, before = scaled.attached.state(), {n.removeprefix("tuner/"): t for n, t in stored.items()}
+    assert all(torch.equal(before[name], tensor) for name, tensor in now.items())
+
+
 # ----------------------------------------------------------------------------- effect
 
 
