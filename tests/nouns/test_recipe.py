@@ -217,6 +217,7 @@ TOKENS = {"kind": "tokens", "tokens": {"<acme>": "shoe"}}
         ({"tuners": [{"kind": "full"}], "memory": {"weights": "fp16"}}, "loses the small steps"),
         ({"tuners": [{"kind": "full"}, {"kind": "lora"}]}, "would train the same layers"),
         ({"tuners": [{"kind": "full", "targets": "a"}, {"kind": "full"}]}, "kind 'full' is named twice"),
+        ({"tuners": [{"targets": "a"}, {"rank": 4}]}, "kind 'lora' is named twice, once without targets"),
         ({"memory": {"fused_backward": True}}, "is for kind 'full' alone"),
         (
             {"tuners": [{"kind": "full"}], "memory": {"fused_backward": True}, "accumulate": 2},

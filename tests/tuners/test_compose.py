@@ -104,7 +104,7 @@ def test_dropout_is_switched_for_all(tiny: SD1):
 
 def test_two_low_ranks_share_a_state_by_their_targets(tiny: SD1):
     specs = (
-        LowRankSpec(rank=2, targets=r".*to_q", learning_rate=1e-3),
+        LowRankSpec(rank=2, targets=r".*to_q", learning_rate=1e-3, towers={"text_encoder": 1e-5}),
         LowRankSpec(kind="lora", rank=3, targets=r".*to_k"),
         LowRankSpec(kind="loha", rank=2, targets=r".*to_q"),
     )

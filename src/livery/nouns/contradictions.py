@@ -85,6 +85,13 @@ def _about_tuners(recipe: Recipe) -> Iterator[str]:
             f"dora takes the lengths of the base's weights, which memory.weights '{weights}' only keeps "
             "roughly: leave one of them out"
         )
+    kinds = [each.kind for each in low_rank]
+    for each in low_rank:
+        if kinds.count(each.kind) > 1 and each.targets is None:
+            yield (
+                f"kind '{each.kind}' is named twice, once without targets: give each targets of its own, by "
+                "which an adapter file can tell them apart"
+            )
     if len(full) > 1:
         yield "kind 'full' is named twice: one holds all that the other could"
     if full and low_rank and any(each.targets is None for each in full):

@@ -103,9 +103,9 @@ class LowRank:
         return chosen
 
     def _means(self, part: str, layer: str) -> bool:
-        if part != DENOISER or self.spec.targets is None:
+        if self.spec.targets is None or part in self.spec.towers:
             return True
-        return compiled(self.spec.targets).fullmatch(layer) is not None
+        return part == DENOISER and compiled(self.spec.targets).fullmatch(layer) is not None
 
 
 class AttachedLowRank:

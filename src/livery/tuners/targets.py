@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from livery.models.backbone import Backbone
 from livery.nouns import LiveryError
 
 
+@cache
 def compiled(regex: str, key: str = "targets") -> re.Pattern[str]:
     """Raises LiveryError, led by the recipe's key, when it is not a regular expression."""
     try:
