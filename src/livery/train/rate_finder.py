@@ -32,8 +32,8 @@ BROKEN = 4.0
 """Times the base's loss at which the sweep ends: all higher rates are worse."""
 GAIN = 0.005
 """Share of the base's loss by which the best rate must be better, to count as learning."""
-SAFE = 0.1
-"""Part of the best rate that is suggested: a whole run meets many more steps than it had (as fastai does)."""
+SAFE = 0.3
+"""Part of the best rate that is suggested: a whole run takes many more steps at it than the sweep did."""
 
 
 def find_rate(
@@ -81,7 +81,7 @@ def find_rate(
 
 
 def suggestion(base: float, rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """A tenth of the rate with the lowest loss, smoothed over three looks; none when nothing was learned."""
+    """A third of the rate with the lowest loss, smoothed over three looks; none when nothing was learned."""
     if not losses:
         return None
     smooth = [sum(near) / len(near) for at in range(len(losses)) if (near := losses[max(0, at - 1) : at + 2])]
@@ -138,12 +138,13 @@ def chart(found: Rates) -> str:
     if found.rates:
         low, high = math.floor(math.log10(found.rates[0])), math.ceil(math.log10(found.rates[-1]))
     most, least = max((found.base, *found.losses)), min((found.base, *found.losses))
+    most = min(most, found.base + 2 * (found.base - least)) or most  # what rises above is cut off
 
     def across(rate: float) -> float:
         return LEFT + (math.log10(rate) - low) / max(1, high - low) * (WIDTH - LEFT - 20)
 
     def down(loss: float) -> float:
-        return TOP + (most - loss) / ((most - least) or 1) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (most - min(loss, most)) / ((most - least) or 1) * (HEIGHT - TOP - BOTTOM)
 
     points = " ".join(
         f"{across(rate):.1f},{down(loss):.1f}" for rate, loss in zip(found.rates, found.losses, strict=True)
