@@ -551,13 +551,14 @@ class Studio:
         return [(known[run.recipe.id, run.dataset], run) for run in runs]
 
     def _place(self) -> str:
-        if self._device != "auto":
+        """The device; of several processes on one host, each has a card of its own."""
+        if self._device not in ("auto", "cuda"):
             return self._device
         import torch
 
         from livery.train.parallel import local_rank
 
-        if not torch.cuda.is_available():
+        if self._device == "auto" and not torch.cuda.is_available():
             return "cpu"
         card = local_rank()
         return "cuda" if card is None else f"cuda:{card}"

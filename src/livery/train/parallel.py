@@ -88,6 +88,8 @@ def peers(device: torch.device) -> Generator[Peers]:
     if local_rank() is None:
         yield ALONE
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a barrier of NCCL waits on the current card
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
     try:
