@@ -74,7 +74,7 @@ class LowRank:
         _check_patterns(self.spec, chosen)
         made: dict[str, Mapping[str, BaseTunerLayer]] = {}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that seeds GPUs too
             for part, names in chosen.items():
                 made[part] = _wrapped(self.spec, part, backbone.modules()[part], names)
         return AttachedLowRank(self.spec, backbone, made)
