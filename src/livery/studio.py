@@ -274,6 +274,7 @@ class Studio:
             level="warning" if content.unmatched else "info",
             text=f"{content.matched} tensors matched, {len(content.unmatched)} not{strange}",
         )
+        yield from [content.reduced] if content.reduced else []
         yield self._keep_adapter(card, state)
 
     def merge(

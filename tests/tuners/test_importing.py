@@ -167,9 +167,34 @@ def test_tucker_forms_become_plain_ones(tmp_path: Path):
         card, state, content = import_adapter(path, base, base="tiny")
         (change,) = dict(deltas(content.layers, base_weights(base))).values()
         assert torch.allclose(change, 0.5 * wanted[kind], atol=1e-4)
+        assert content.reduced is None
         again = layers(card.recipe.tuners, state)
         (same,) = dict(deltas(again, base_weights(base))).values()
         assert torch.allclose(same, change, atol=1e-5)
+
+
+def test_a_rank_makes_a_plain_lora_and_says_what_is_lost(card_of: Cards, learnt_by: Learn, tmp_path: Path):
+    base, spec = tiny("sd1"), LowRankSpec(kind="loha", rank=3, targets=r"mid_block\..*to_q")
+    state = learnt_by(base, spec)
+    list(export_adapter(tmp_path / "a.safetensors", card_of(base, spec), state, base, "kohya"))
+    card, found, content = import_adapter(tmp_path / "a.safetensors", base, base="tiny", rank=2)
+    assert {name.rpartition(".lora_")[2] for name in found} == {"A.weight", "B.weight"}
+    assert content.reduced is not None
+    wanted, got = dict(deltas(layers((spec,), state))), dict(deltas(layers(card.recipe.tuners, found)))
+    lost = sum(float((wanted[n] - got[n]).square().sum()) for n in wanted)
+    whole = sum(float(wanted[n].square().sum()) for n in wanted)
+    assert 1 - content.reduced.kept == pytest.approx(lost / whole, abs=1e-5)
+    assert 0.01 < lost / whole < 0.9
+
+
+@pytest.mark.skipif("sd3" not in FAMILIES, reason="no SD3 here")
+def test_what_diffusers_passes_over_is_said(card_of: Cards, learnt_by: Learn, tmp_path: Path):
+    base, spec = tiny("sd3"), LowRankSpec(rank=2, towers={"text_encoder_3": 1e-4})
+    state, card = learnt_by(base, spec), card_of(base, spec)
+    events = list(export_adapter(tmp_path / "a.safetensors", card, state, base, "diffusers"))
+    (note,) = (event for event in events if isinstance(event, Note))
+    assert "diffusers passes over" in note.text
+    assert "text_encoder_3" in note.text
 
 
 @pytest.mark.skipif("sdxl" not in FAMILIES, reason="no SDXL here")

@@ -24,7 +24,7 @@ from livery.tuners.formats.diffusers_lora import folded, to_diffusers
 from livery.tuners.formats.embedding import to_embedding
 from livery.tuners.formats.kohya import to_kohya
 from livery.tuners.formats.metadata import headers
-from livery.tuners.formats.names import kohya_places, swapped_layers
+from livery.tuners.formats.names import DIFFUSERS_SKIPS, kohya_places, swapped_layers
 from livery.tuners.importing import read_file
 from livery.tuners.merging import write_merged
 from livery.tuners.rank import reduced
@@ -112,6 +112,7 @@ def _export_layers(
             )
         tensors, more = to_kohya(found, kohya_places(backbone), swapped_layers(backbone)), dict[str, str]()
     else:
+        yield from _skipped(found, card.family)
         found = {name: folded(layer) for name, layer in found.items()} if style.fold_alpha else found
         tensors, more = to_diffusers(found, card.family)
     tensors = _in_dtype(tensors, style.dtype)
@@ -144,6 +145,15 @@ def words_left(state: Mapping[str, Tensor]) -> Iterator[Event]:
         yield Note(
             level="warning",
             text=f"the new words {' '.join(learnt)} are not in this file: export them as format embedding",
+        )
+
+
+def _skipped(found: Mapping[str, Layer], family: str) -> Iterator[Event]:
+    part = DIFFUSERS_SKIPS.get(family, "")
+    if count := sum(name.startswith(f"{part}.") for name in found if part):
+        yield Note(
+            level="warning",
+            text=f"diffusers passes over the {count} layers of {part} in this file",
         )
 
 

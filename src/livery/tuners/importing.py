@@ -7,6 +7,7 @@ matched with a layer that the base really has.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,8 @@ def import_adapter(
         return adapter.card, state, content
     found = content.layers
     if rank is not None:
-        found, _ = reduced(found, rank, base_weights(backbone))
+        found, report = reduced(found, rank, base_weights(backbone))
+        content = replace(content, reduced=report)
     card = derived_card(
         found,
         content.words,

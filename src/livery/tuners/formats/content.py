@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from livery.nouns import LiveryError
+from livery.nouns import LiveryError, Reduced
 from livery.tuners.delta import MAGNITUDE, Layer
 
 
@@ -19,6 +19,8 @@ class Content:
     words: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     matched: int = 0
     unmatched: tuple[str, ...] = ()
+    reduced: Reduced | None = None
+    """What a rank that was asked for kept of it."""
 
 
 def fitted(name: str, layer: Layer, module: nn.Linear | nn.Conv2d) -> Layer:

@@ -26,6 +26,9 @@ DIFFUSERS_PARTS: Mapping[str, Mapping[str, str]] = {
 }
 """Family -> part -> what diffusers calls it: the first word of each tensor's name."""
 
+DIFFUSERS_SKIPS: Mapping[str, str] = {"sd3": "text_encoder_3"}
+"""Family -> the part whose LoRA diffusers' loader passes over, without a word."""
+
 KOHYA_PARTS: Mapping[str, Mapping[str, str]] = {
     "sd1": {"denoiser": "lora_unet", "text_encoder": "lora_te"},
     "sdxl": {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
