@@ -141,13 +141,14 @@ def choose(recipe: Recipe, backbone: Backbone, dataset: Dataset) -> tuple[Memory
     free = free_memory_bytes(backbone.device)
     if backbone.device.type == "cpu" and free > PLENTY + _at_most(recipe, backbone):
         return plans[0], ""
-    plan, needed = plans[0], 0
+    looked: list[tuple[int, MemorySpec]] = []
     with looked_at(recipe, backbone, dataset) as subject:
         for plan in plans:
-            needed = subject.footprint(plan).peak - _held(backbone)
-            if needed <= ROOM * free:
+            looked.append((subject.footprint(plan).peak - _held(backbone), plan))
+            if looked[-1][0] <= ROOM * free:
                 break
-    fits = needed <= ROOM * free
+    fits = looked[-1][0] <= ROOM * free
+    needed, plan = looked[-1] if fits else min(looked, key=lambda one: one[0])
     text = (
         f"Memory: {said(plan)}, the fastest that fits" if fits else f"Memory: even {said(plan)} may not fit"
     )

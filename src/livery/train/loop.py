@@ -24,6 +24,7 @@ from livery.nouns import (
     recipe_toml,
 )
 from livery.train import checkpoint
+from livery.train.attention import Kind, attending, fastest
 from livery.train.batches import Plan, held_out_row
 from livery.train.buckets import Framing
 from livery.train.cache import Encodings, TensorCache
@@ -33,12 +34,15 @@ from livery.train.learner import Learner
 from livery.train.memory import applied, waiting
 from livery.train.parallel import ALONE, Peers
 from livery.train.prior import ClassPhotos
-from livery.train.session import Draw, Outlets, Score, Session
+from livery.train.record import Draw, Outlets, Score
+from livery.train.session import Session
 from livery.train.validation import watched
 from livery.tuners.tuner import attach_all, build
 
-MEMORY = "memory.json"
-"""The memory plan of a run, in its folder."""
+CHOICES = "choices.json"
+"""What a run chose for this machine, in its folder: the memory plan, the kind of attention."""
+ATTENTION = "attention.json"
+"""What was measured on this machine, beside the cache."""
 
 
 CUT = 0.15
@@ -96,11 +100,11 @@ def train(
     kept = cache or folder / "cache"
     drawn = ClassPhotos(kept / CLASS, backbone.sha256)
     peers.wait() if not peers.leads else None  # the first draws and encodes, the others find it done
-    memory, why = _settled(recipe, backbone, dataset, folder if found or not peers.leads else None)
+    memory, kept_kind, why = _settled(recipe, backbone, dataset, folder if found or not peers.leads else None)
     if why:
         yield Note(text=why)
     if peers.leads:
-        write_bytes(folder / MEMORY, memory.model_dump_json().encode())
+        _keep(folder, memory, kept_kind)
     with waiting(backbone, memory, towers_train=towers_train) as seats:
         draw = seats.drawing(draw) if seats and draw else draw
         photos = yield from drawn.complete(dataset.split("train"), recipe.prior, draw)
@@ -117,23 +121,37 @@ def train(
         attached = attach_all(tuners, backbone, recipe.seed)
         try:
             with applied(backbone, memory):
-                learner = Learner(recipe, backbone, attached, plan, encodings, peers, memory=memory)
-                outlets = Outlets(folder, put_blob, draw, score)
-                session = Session(identity, dataset, learner, outlets, peers, clock)
-                yield from session.run(found, began, should_stop)
+                kind = kept_kind or fastest(backbone, plan, encodings, kept / ATTENTION)
+                if peers.leads:
+                    _keep(folder, memory, kind)
+                with attending(backbone.denoiser, kind):
+                    learner = Learner(recipe, backbone, attached, plan, encodings, peers, memory=memory)
+                    outlets = Outlets(folder, put_blob, draw, score)
+                    session = Session(identity, dataset, learner, outlets, peers, clock)
+                    yield from session.run(found, began, should_stop)
         finally:
             attached.undo()
 
 
 def _settled(
     recipe: Recipe, backbone: Backbone, dataset: Dataset, before: Path | None
-) -> tuple[MemorySpec, str]:
-    """The memory plan, and why. A run that goes on keeps its own (from the folder `before`), however much is
-    free today: its bits hang on it.
+) -> tuple[MemorySpec, Kind | None, str]:
+    """The memory plan, the kind of attention where it is chosen already, and why.
+
+    A run that goes on keeps what it chose (in the folder `before`), however much is free today: its bits hang
+    on it. Of several processes the first chooses.
     """
-    if before and (before / MEMORY).is_file():
-        return MemorySpec.parse(json.loads((before / MEMORY).read_text()), str(before / MEMORY)), ""
-    return choose(recipe, backbone, dataset)
+    file = before / CHOICES if before else None
+    if file and file.is_file():
+        chosen = json.loads(file.read_text())
+        return MemorySpec.parse(chosen["memory"], str(file)), chosen["attention"], ""
+    plan, why = choose(recipe, backbone, dataset)
+    return plan, None, why
+
+
+def _keep(folder: Path, memory: MemorySpec, attention: Kind | None) -> None:
+    chosen = {"memory": memory.model_dump(), "attention": attention}
+    write_bytes(folder / CHOICES, json.dumps(chosen).encode())
 
 
 def _require_photos(dataset: Dataset) -> None:
