@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from livery import __version__
 from livery.files import write_bytes
 from livery.models.device import device_name, peak_memory_bytes, resolve
 from livery.nouns import (
@@ -35,33 +33,12 @@ from livery.train import checkpoint, effect, guard
 from livery.train.buckets import Framing
 from livery.train.learner import Learner
 from livery.train.parallel import ALONE, Peers
-from livery.train.validation import Grid, best, better, change, grid_loss, waited, watched
+from livery.train.record import Outlets, card, why
+from livery.train.validation import Grid, best, better, grid_loss, waited, watched
 from livery.tuners.adapter_file import adapter_bytes
 
-Draw = Callable[[Sequence[str], Sequence[int]], Iterable[Image.Image]]
-"""Prompts and as many seeds -> pictures, with the tuners as they stand."""
-Score = Callable[[Path], float]
-"""An adapter's file -> how good it is; higher is better. Decides in place of the held-out loss."""
 ASK_EVERY = 10
 """Steps between two questions of several processes whether to go on."""
-
-
-@dataclass(frozen=True)
-class Outlets:
-    """Where a run puts what it makes, who draws its samples, and who judges its adapters.
-
-    Files go into the run's folder and, when there is one, into `put_blob`, which gives their SHA-256.
-    """
-
-    folder: Path
-    put_blob: Callable[[bytes], str] | None = None
-    draw: Draw | None = None
-    score: Score | None = None
-
-    def keep(self, content: bytes, name: str) -> str:
-        """Store bytes under `name` in the folder and as a blob; their SHA-256."""
-        write_bytes(self.folder / name, content)
-        return self.put_blob(content) if self.put_blob else hashlib.sha256(content).hexdigest()
 
 
 class Session:
@@ -306,7 +283,7 @@ class Session:
         chosen = self._chosen()
         step = chosen.step if chosen else self.step
         content = self._best_file(step).read_bytes() if step != self.step else self._adapter()
-        ended = self._why(step, chosen)
+        ended = why(self._recipe, self._validations, chosen, self.step)
         yield Note(text=ended)
         sha256 = self._outlets.keep(content, "adapter.safetensors")
         adapter = Adapter(sha256=sha256, card=self._card(step))
@@ -323,43 +300,8 @@ class Session:
         )
         yield Trained(adapter=adapter, run=run)
 
-    def _why(self, step: int, chosen: Validation | None) -> str:
-        """Why the run ended and which step it ends with: one sentence."""
-        patience = self._recipe.stop.patience
-        early = self.step < self._recipe.steps
-        end = (
-            f"Stopped at step {self.step} of {self._recipe.steps}, as {patience} looks brought nothing better"
-            if early
-            else f"Ran all {self.step} steps"
-        )
-        if chosen is None:
-            return f"{end}; kept the last."
-        judged = f"its score {chosen.score:.3g}" if chosen.score is not None else "the lowest held-out loss"
-        return f"{end}; kept step {step}, which has {judged}{_against_base(self._validations, chosen)}."
-
     def _card(self, step: int) -> AdapterCard:
-        photos = self._dataset.split("train")
-        return AdapterCard(
-            recipe=self._recipe,
-            family=self._backbone.family,
-            base_sha256=self._identity.base,
-            dataset=self._identity.dataset,
-            trigger_words=(self._recipe.trigger,) if self._recipe.trigger else (),
-            licences=tuple(sorted({photo.licence for photo in photos} - {""})),
-            attributions=tuple(sorted({photo.attribution for photo in photos} - {""})),
-            livery_version=__version__,
-            step=step,
-        )
-
-
-def _against_base(validations: Sequence[Validation], chosen: Validation) -> str:
-    """Loss there against the base's, held out and on photos that were learned from."""
-    found = change(validations, chosen)
-    if not found:
-        return ""
-    held_out, trained = found
-    seen = f", and {trained - 1:+.0%} on photos it learned from" if trained is not None else ""
-    return f" ({held_out - 1:+.0%} against the base{seen})"
+        return card(self._recipe, self._backbone, self._identity, self._dataset, step)
 
 
 def _at(step: int, events: Sequence[Validation] | Sequence[Sample]) -> bool:
