@@ -54,8 +54,10 @@ def test_two_processes_end_with_the_adapter_of_one(
     alone, together = (read_adapter(folder / "adapter.safetensors") for folder in folders)
     assert together[0].sha256 == two[-1]["adapter"]["sha256"]
     assert alone[0].card == together[0].card
-    for name, tensor in alone[1].items():  # AdamW makes much of small gradients, also of their rounding
-        assert (tensor - together[1][name]).abs().max() <= 1e-4 * tensor.abs().max()
+    # As a whole: where a gradient is next to nothing, AdamW makes much of its rounding.
+    apart = sum(float((tensor - together[1][name]).square().sum()) for name, tensor in alone[1].items())
+    size = sum(float(tensor.square().sum()) for tensor in alone[1].values())
+    assert (apart / size) ** 0.5 <= 3e-5
 
 
 def test_what_two_processes_saved_one_can_go_on_from(
