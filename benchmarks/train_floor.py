@@ -37,6 +37,7 @@ from livery.models.device import HALF, device_name, resolve
 from livery.models.load import load_backbone
 from livery.models.sd1 import SD1
 from livery.nouns import LowRankSpec, MemorySpec, Photo, Recipe
+from livery.train.attention import attending, fastest
 from livery.train.batches import Plan
 from livery.train.buckets import Framing
 from livery.train.cache import Encodings, TensorCache
@@ -156,7 +157,14 @@ def compare(given: argparse.Namespace) -> None:
         learner, encodings, attached = ours(base, recipe, Path(folder))
         floor = bare(base, recipe, encodings, learner, attached, HALF.get(precision))
         best = levers(base, floor, max(3, given.steps // 2))
-        versus(learner, lambda number: way(floor, *best, number), given.steps)
+        kind = fastest(base, learner.plan, encodings, Path(folder) / "attention.json")
+        print(f"livery's loop measured for itself and took {kind} attention")
+
+        def our_step(number: int) -> None:
+            with attending(base.denoiser, kind):
+                learner.step(number)
+
+        versus(our_step, lambda number: way(floor, *best, number), given.steps)
 
 
 def ours(base: Backbone, recipe: Recipe, folder: Path) -> tuple[Learner, Encodings, Attached]:
@@ -226,12 +234,12 @@ def levers(base: Backbone, floor: Floor, steps: int) -> tuple[bool, bool]:
     return min(middle, key=lambda chosen: middle[chosen])
 
 
-def versus(learner: Learner, bare_step: Callable[[int], float], steps: int) -> None:
+def versus(our_step: Callable[[int], Any], bare_step: Callable[[int], Any], steps: int) -> None:
     """Ours and the best bare loop in turns; the ratio of each pair, and the median of those."""
     mine: list[float] = []
     theirs: list[float] = []
     for number in range(steps + 2):
-        turns = [(mine, partial(learner.step, number)), (theirs, partial(bare_step, number))]
+        turns = [(mine, partial(our_step, number)), (theirs, partial(bare_step, number))]
         for times, work in turns if number % 2 else reversed(turns):
             times.append(cpu_seconds(work))
     ratios = [a / b for a, b in zip(mine[2:], theirs[2:], strict=True)]

@@ -1,4 +1,4 @@
-"""The benchmarks run: on tiny models, for a step or two. Their numbers are not looked at, only that they come."""
+"""The benchmarks run on tiny models for a step or two. Their numbers are not judged, only that they come."""
 
 import re
 import subprocess

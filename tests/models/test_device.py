@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from livery.models.device import autocast, device_name, peak_memory_bytes, resolve
+from livery.models.device import (
+    autocast,
+    device_name,
+    free_memory_bytes,
+    peak_memory_bytes,
+    resident_bytes,
+    resolve,
+)
+from livery.nouns import LiveryError
 
 CPU = torch.device("cpu")
 
@@ -19,6 +27,30 @@ def test_auto_is_bf16_only_where_the_processor_has_it(
     assert resolve("auto", CPU) == chosen
     assert resolve("fp32", CPU) == "fp32"
     assert resolve("bf16", CPU) == "bf16"
+
+
+def test_fp16_is_for_cards_alone():
+    assert resolve("fp16", torch.device("cuda")) == "fp16"
+    with pytest.raises(LiveryError, match=r"precision 'fp16' is for CUDA cards, this is cpu"):
+        resolve("fp16", CPU)
+
+
+def test_free_memory_is_less_than_the_machine_has_and_a_containers_limit_counts(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    import psutil
+
+    free = free_memory_bytes(CPU)
+    assert 0 < free <= psutil.virtual_memory().total
+    limits = {"/sys/fs/cgroup/memory.max": 1000, "/sys/fs/cgroup/memory.current": 400}
+    monkeypatch.setattr("livery.models.device._container", limits.__getitem__)
+    assert free_memory_bytes(CPU) == 600
+
+
+def test_resident_memory_counts_what_is_touched():
+    before = resident_bytes()
+    block = torch.ones(20_000_000)
+    assert resident_bytes() - before > 0.9 * block.nbytes
 
 
 def test_autocast_computes_products_in_bf16_and_nothing_in_fp32():
