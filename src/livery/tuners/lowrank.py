@@ -17,27 +17,24 @@ Any family: it reads `backbone.lora_targets` and, for text encoders, `backbone.t
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from livery.models.backbone import Backbone
 from livery.nouns import LiveryError, LowRankSpec
+from livery.tuners.peft_layers import NAME, between, gradient_flags_kept, own, take_out, wrap
 from livery.tuners.targets import compiled, nothing_matches, tower
 from livery.tuners.tuner import Part, check_state
 
 DENOISER = "denoiser"
 ADAPTABLE = (nn.Linear, nn.Conv2d)
-NAME = "livery"  # peft's name for the adapter in its layer; each layer here holds one
 LEAVES: Mapping[str, str] = {"lora": "lora_", "loha": "hada_", "lokr": "lokr_", "oft": "oft_"}
 """How the names of each kind's tensors begin, behind the layer's name."""
 
@@ -76,7 +73,8 @@ class LowRank:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that seeds GPUs too
             for part, names in chosen.items():
-                made[part] = _wrapped(self.spec, part, backbone.modules()[part], names)
+                ranks = {name: _rank_and_alpha(self.spec, part, name) for name in names}
+                made[part] = wrap(self.spec, backbone.modules()[part], ranks)
         return AttachedLowRank(self.spec, backbone, made)
 
     def _chosen(self, backbone: Backbone) -> dict[str, list[str]]:
@@ -120,7 +118,7 @@ class AttachedLowRank:
             f"{part}.{layer}.{leaf}": param
             for part, layers in self._made.items()
             for layer, module in layers.items()
-            for leaf, param in _own(module)
+            for leaf, param in own(module)
         }
         self.train(False)
 
@@ -146,12 +144,12 @@ class AttachedLowRank:
         self._hooks = []
         linear = self._spec.kind != "oft" and not self._spec.dora
         for layer in self._layers():
-            with _gradient_flags_kept(layer):  # peft freezes what it switches off
+            with gradient_flags_kept(layer):  # peft freezes what it switches off
                 layer.enable_adapters(strength != 0)
             if linear:
                 layer.set_scale(NAME, strength)
             elif strength not in (0, 1):
-                hook = partial(_between, strength)
+                hook = partial(between, strength)
                 self._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
 
     def rate(self, name: str) -> float | None:
@@ -163,141 +161,12 @@ class AttachedLowRank:
     def undo(self) -> None:
         for part, layers in self._made.items():
             for name, layer in layers.items():
-                _take_out(self._backbone.modules()[part], name, layer)
+                take_out(self._backbone.modules()[part], name, layer)
         self._made, self.params, self._hooks = {}, {}, []
 
     def _layers(self) -> Iterator[Any]:
         for layers in self._made.values():
             yield from layers.values()
-
-
-# ------------------------------------------------------------------ peft's layers
-
-
-def _wrapped(
-    spec: LowRankSpec, part: str, model: nn.Module, names: Sequence[str]
-) -> dict[str, BaseTunerLayer]:
-    """Put a peft layer around each named layer and return them.
-
-    peft would join a second adapter of a kind to the first one's layer, and leave its configuration on the
-    model. Made in a list of the bare layers instead, each adapter has layers of its own: whatever stands
-    there already goes inside, and taking out is unlinking.
-    """
-    groups: dict[tuple[int, float], list[str]] = {}
-    for name in names:
-        groups.setdefault(_rank_and_alpha(spec, part, name), []).append(name)
-    made: dict[str, BaseTunerLayer] = {}
-    for (rank, alpha), members in groups.items():
-        outer = {name: model.get_submodule(name) for name in members}
-        bare = nn.ModuleList(_bare(layer) for layer in outer.values())
-        _check_kernels(spec, bare, members)
-        with _gradient_flags_kept(bare), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Invalid `oft_block_size`")  # it takes the nearest divisor
-            inject_adapter_in_model(_config(spec, rank, alpha), bare, NAME)
-        for name, layer in zip(members, bare, strict=True):
-            assert isinstance(layer, BaseTunerLayer)
-            _keep_fp32(layer)
-            if spec.kind == "oft" and spec.dropout:
-                _drop_blocks(layer)
-            layer.base_layer = outer[name]
-            model.set_submodule(name, layer)
-            made[name] = layer
-    return {name: made[name] for name in names}
-
-
-def _config(spec: LowRankSpec, rank: int, alpha: float) -> PeftConfig:
-    everything: dict[str, Any] = {"target_modules": r"\d+"}  # all of the list
-    make: Mapping[str, Callable[[], PeftConfig]] = {
-        "lora": lambda: LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
-            lora_dropout=spec.dropout,
-            use_rslora=spec.rslora,
-            use_dora=spec.dora,
-            **everything,
-        ),
-        "loha": lambda: LoHaConfig(r=rank, alpha=alpha, rank_dropout=spec.dropout, **everything),  # type: ignore[arg-type]
-        "lokr": lambda: LoKrConfig(
-            r=rank,
-            alpha=alpha,  # type: ignore[arg-type]
-            rank_dropout=spec.dropout,
-            decompose_factor=spec.factor or -1,
-            **everything,
-        ),
-        "oft": lambda: OFTConfig(
-            oft_block_size=rank,
-            module_dropout=spec.dropout,
-            use_cayley_neumann=False,  # peft's default cuts a series short: no rotation for large weights
-            **everything,
-        ),
-    }
-    return make[spec.kind]()
-
-
-def _keep_fp32(layer: Any) -> None:
-    """What learns is float32 on any base: peft takes the base's own bf16, in which small steps are lost."""
-    for _, param in _own(layer):
-        param.data = param.data.float()
-    if NAME in getattr(layer, "lora_magnitude_vector", {}):
-        vector = layer.lora_magnitude_vector[NAME]
-        # DoRA's lengths are measured now and in each forward pass: in one precision, else W' would not be W.
-        vector.get_weight_norm = partial(_norm_in_fp32, vector.get_weight_norm)
-        vector.update_layer(
-            base_layer=layer.get_base_layer(),
-            lora_A=layer.lora_A[NAME].weight,
-            lora_B=layer.lora_B[NAME].weight,
-            scaling=layer.scaling[NAME],
-        )
-
-
-def _norm_in_fp32(
-    norm: Callable[..., Tensor], weight: Tensor, lora_weight: Tensor, scaling: float, **rest: Any
-) -> Tensor:
-    return norm(weight=weight.float(), lora_weight=lora_weight.float(), scaling=scaling, **rest)
-
-
-def _drop_blocks(layer: Any) -> None:
-    """peft makes OFT's dropout of blocks, and then never calls it."""
-    rotation, drop = layer.oft_R[NAME], layer.oft_dropout[NAME]
-    turns = rotation._cayley_batch  # [blocks, side, side]
-    rotation._cayley_batch = lambda *arguments: drop(turns(*arguments))
-
-
-def _own(layer: Any) -> Iterator[tuple[str, Parameter]]:
-    """The adapter's parameters in a peft layer, without peft's name for the adapter."""
-    for name, param in layer.named_parameters():
-        if not name.startswith("base_layer."):
-            yield ".".join(word for word in name.split(".") if word != NAME), param
-
-
-def _bare(layer: nn.Module) -> nn.Module:
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
-def _take_out(model: nn.Module, name: str, layer: Any) -> None:
-    """Unlink a layer from those around its place, wherever in the row it stands."""
-    outer: Any = model.get_submodule(name)
-    if outer is layer:
-        model.set_submodule(name, layer.base_layer)
-        return
-    while outer.base_layer is not layer:
-        outer = outer.base_layer
-    outer.base_layer = layer.base_layer
-
-
-def _between(strength: float, layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-    """A forward hook: W x + strength (W' x - W x), for kinds in which W' is no sum that peft could scale."""
-    base = layer.base_layer(*args, **kwargs)
-    return base + strength * (output - base)
-
-
-@contextmanager
-def _gradient_flags_kept(model: nn.Module) -> Iterator[None]:
-    """peft freezes all that is not its own; what other tuners train must stay as it was."""
-    flags = [(param, param.requires_grad) for param in model.parameters()]
-    yield
-    for param, flag in flags:
-        param.requires_grad_(flag)
 
 
 # ------------------------------------------------------------------ which layers, which rank
@@ -349,13 +218,3 @@ def _check_patterns(spec: LowRankSpec, chosen: Mapping[str, Sequence[str]]) -> N
         for regex in patterns:
             if not any(_hits(regex, part, layer, key) for part, layer in layers):
                 raise nothing_matches(key, regex, "adapted layer", [layer for _, layer in layers])
-
-
-def _check_kernels(spec: LowRankSpec, layers: nn.ModuleList, names: Sequence[str]) -> None:
-    """peft's OFT turns overlapping patches of a wider kernel and adds them up, which changes the base."""
-    for layer, name in zip(layers, names, strict=True):
-        if spec.kind == "oft" and isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
-            raise LiveryError(
-                f"targets: kind 'oft' turns linear layers and 1x1 convolutions, and {name} is a "
-                f"{layer.kernel_size[0]}x{layer.kernel_size[1]} one: leave it out, or take another kind"
-            )
