@@ -13,7 +13,7 @@ from livery.models.backbone import Backbone
 from livery.models.device import autocast
 from livery.nouns import LowRankSpec, MemorySpec
 from livery.train import memory
-from livery.train.memory import FusedBackward, Seats, applied, compiled, seated, waiting
+from livery.train.memory import FusedBackward, Seats, applied, channels_last, compiled, seated, waiting
 from livery.train.stored import StoredConv2d, StoredLinear
 from livery.tuners.tuner import Attached, build
 
@@ -169,6 +169,17 @@ def test_compiled_blocks_agree_and_are_plain_again_afterwards(base: Backbone, at
     assert not any(getattr(m, "_compiled_call_impl", None) for m in base.denoiser.modules())
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
     assert close(gradients, exact, 1e-4)
+
+
+def test_channels_last_is_another_order_of_the_same_values(base: Backbone, attached: Attached):
+    before, strides = weights(base), [p.stride() for p in base.denoiser.parameters()]
+    loss, _ = step(base, attached)
+    with channels_last(base.denoiser):
+        assert [p.stride() for p in base.denoiser.parameters()] != strides
+        other, _ = step(base, attached)
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert [p.stride() for p in base.denoiser.parameters()] == strides
+    assert same(weights(base), before)
 
 
 # ---------------------------------------------------------------------------- idle parts

@@ -34,7 +34,8 @@ T = TypeVar("T")
 
 @contextmanager
 def applied(backbone: Backbone, plan: MemorySpec) -> Generator[None]:
-    """The plan's stored weights, gradient checkpointing and compiled blocks, for the length of a `with`.
+    """The plan's stored weights, gradient checkpointing and compiled blocks, for the length of a `with`; on a
+    card, weights in the order that it reads.
 
     Only parts at work are touched: the denoiser, and towers in which something trains. Afterwards the
     backbone is what it was. On a card the plain weights wait in the host's memory; on the CPU they would
@@ -49,6 +50,8 @@ def applied(backbone: Backbone, plan: MemorySpec) -> Generator[None]:
                 stack.enter_context(_stored(part, plan.weights, kept))
             if not kept:
                 stack.callback(_rename, backbone, plan.weights)
+        if backbone.device.type == "cuda":
+            stack.enter_context(channels_last(backbone.denoiser))
         if plan.checkpointing:
             for part in parts:
                 stack.enter_context(_checkpointed(part))
@@ -131,6 +134,19 @@ def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------- compiled blocks
+
+
+@contextmanager
+def channels_last(denoiser: nn.Module) -> Generator[None]:
+    """Weights of convolutions in the order that a card's matrix units read; the values stay.
+
+    Stored weights take it too where they keep their shape.
+    """
+    denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    try:
+        yield
+    finally:
+        denoiser.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager
