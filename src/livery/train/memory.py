@@ -151,9 +151,17 @@ def channels_last(denoiser: nn.Module) -> Generator[None]:
 
 @contextmanager
 def compiled(denoiser: nn.Module, backend: str = "inductor") -> Generator[None]:
-    """The denoiser's repeated blocks compiled, each sort once (diffusers' `compile_repeated_blocks`)."""
+    """The denoiser's repeated blocks compiled, each sort once, as diffusers' `compile_repeated_blocks` does.
+
+    A denoiser that does not name them has them in lists of its own.
+    """
     sorts: Sequence[str] = getattr(denoiser, "_repeated_blocks", None) or ()
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in sorts]
+    lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
+    blocks = (
+        [module for module in denoiser.modules() if type(module).__name__ in sorts]
+        if sorts
+        else [block for each in lists for block in each]
+    )
     before = [getattr(block, "_compiled_call_impl", None) for block in blocks]
     for block in blocks:
         block.compile(backend=backend)
