@@ -14,23 +14,15 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from livery import presets
-from livery.nouns import Adapter, Dataset, Drawn, Ingested, Recipe, Trained
+from livery.nouns import Adapter, Drawn, Ingested, Trained
 from livery.starter import brand_folder
 from livery.store import Store
 from livery.studio import Studio
 
 IMAGES = Path(__file__).parent / "images"
-METHODS = ("lora", "textual-inversion", "pivotal", "full", "dreambooth")
+METHODS = ("lora", "textual-inversion", "pivotal", "full")
 PROMPTS = ("a wolf", "a fox", "an owl", "a shark", "a butterfly", "a trophy")
 SIDE, EDGE = 96, 6
-
-
-def recipe_of(method: str) -> Recipe:
-    """The preset, with the word and class of the sample brand filled in."""
-    recipe = presets.read(f"starter-{method}")
-    if method == "dreambooth":
-        recipe = recipe.model_copy(update={"trigger": "acme cat"})
-    return recipe
 
 
 def row(studio: Studio, prompts: list[str], adapter: Adapter | None) -> list[Image.Image]:
@@ -57,22 +49,10 @@ def draw(method: str, folder: Path) -> None:
     studio = Studio(Store(folder))
     events = list(studio.ingest(brand_folder() / "photos", name="OpenMoji"))
     dataset = next(event.dataset for event in events if isinstance(event, Ingested))
-    prompts = list(PROMPTS)
-    if method == "dreambooth":
-        dataset = subject(studio, dataset)
-        prompts = ["acme cat", "a red acme cat", "a cat", "a black cat", "a dog", "a fox"]
-    trained = next(e for e in studio.train(recipe_of(method), dataset.id) if isinstance(e, Trained))
+    prompts, recipe = list(PROMPTS), presets.read(f"starter-{method}")
+    trained = next(e for e in studio.train(recipe, dataset.id) if isinstance(e, Trained))
     sheet = grid({"base": row(studio, prompts, None), "tuned": row(studio, prompts, trained.adapter)})
     sheet.save(IMAGES / f"methods-{method}.png", optimize=True)
-
-
-def subject(studio: Studio, dataset: Dataset) -> Dataset:
-    """The brand's cats alone, called by a word of their own."""
-    cats = [photo for photo in dataset.photos if "cat" in photo.caption.split()]
-    named = tuple(photo.model_copy(update={"captions": ("acme cat",), "split": "train"}) for photo in cats)
-    chosen = Dataset(name="cats", photos=named)
-    studio.store.put(chosen)
-    return chosen
 
 
 if __name__ == "__main__":
