@@ -29,7 +29,7 @@ def row(studio: Studio, prompts: list[str], adapter: Adapter | None) -> list[Ima
     """One picture per prompt, seed 0."""
     events = studio.generate(prompts, adapter=adapter.id if adapter else None, seed=0)
     drawn = [studio.store.read_blob(event.sha256) for event in events if isinstance(event, Drawn)]
-    return [Image.open(io.BytesIO(png)) for png in drawn]
+    return [Image.open(io.BytesIO(png)).convert("RGB") for png in drawn]
 
 
 def grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
