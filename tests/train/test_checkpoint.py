@@ -1,5 +1,7 @@
 """Checkpoints: what is written comes back, two are kept, a strange or damaged one is told apart."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,32 @@ def test_journal_and_tensors_come_back_bit_for_bit(tmp_path: Path):
     assert found
     assert found.journal == journal(5)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+WRITE = """
+import resource, sys, torch
+from pathlib import Path
+from livery.train.checkpoint import write_tensors
+state = {str(i): torch.ones(1 << 22) for i in range(8)}  # 8 x 16 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_tensors(Path(sys.argv[1]), state)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_writing_takes_no_second_copy_of_the_state(tmp_path: Path):
+    path = tmp_path / "state.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE, str(path)], capture_output=True, text=True, check=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * unit < 32 << 20
+    assert path.stat().st_size > 128 << 20
+
+
+def test_a_written_files_hash_is_told(tmp_path: Path):
+    told = checkpoint.write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(3), "s": torch.tensor(2)})
+    assert told == checkpoint.sha256_of_file(tmp_path / "x.safetensors")
 
 
 def test_only_the_last_two_are_kept_and_the_last_is_read(tmp_path: Path):

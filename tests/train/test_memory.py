@@ -271,10 +271,13 @@ def test_fused_backward_moves_as_the_usual_order_does_and_keeps_no_gradient(clip
     assert same(usual.state_dict(), fused.state_dict())
 
 
-def test_a_gradient_that_is_no_number_moves_nothing_and_is_counted():
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_no_number_moves_nothing_and_is_told(clip: float, number: float):
     model = two_layers()
     before = copy.deepcopy(model.state_dict())
-    way = FusedBackward(dict(model.named_parameters()), lambda _, p: torch.optim.SGD([p], lr=1.0), 1.0)
-    (model(torch.ones(1, 5)).sum() * float("nan")).backward()
-    assert way.skipped == 4
+    way = FusedBackward(dict(model.named_parameters()), lambda _, p: torch.optim.SGD([p], lr=1.0), clip)
+    assert not way.broken
+    (model(torch.ones(1, 5)).sum() * number).backward()
+    assert way.broken
     assert same(model.state_dict(), before)

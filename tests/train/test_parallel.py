@@ -73,7 +73,9 @@ def test_what_two_processes_saved_one_can_go_on_from(
 def test_rows_are_shared_out_whole():
     rows = list(range(7))
     parts = [list(Peers(rank, 3).part(rows)) for rank in range(3)]
-    assert sorted(row for part in parts for row in part) == rows
+    assert parts == [[0, 1], [2, 3], [4, 5, 6]]
+    turns = ["subject", "class"] * 4
+    assert [list(Peers(rank, 2).part(turns)).count("class") for rank in range(2)] == [2, 2]
     assert ALONE.part(rows) == rows
     assert ALONE.leads
     assert ALONE.agree(True)

@@ -5,8 +5,9 @@ Only safetensors is read: a pickle can run code. And written, one tensor in memo
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -134,8 +135,8 @@ class Made:
     make: Callable[[], Tensor]
 
 
-def write(path: Path, tensors: Mapping[str, Made], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all. Equal content gives equal bytes."""
+def write(path: Path, tensors: Mapping[str, Made], metadata: Mapping[str, str]) -> str:
+    """A safetensors file, whole or not at all; its SHA-256. Equal content gives equal bytes."""
     # Widest types first, so that every tensor lies at a multiple of its own width.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -153,7 +154,17 @@ def write(path: Path, tensors: Mapping[str, Made], metadata: Mapping[str, str]) 
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise LiveryError(f"{path}: the header would be {len(text)} bytes long; write a diffusers folder")
-    write_chunks(path, _chunks(text, [(name, tensors[name]) for name in names]))
+    digest = hashlib.sha256()
+    write_chunks(path, _hashed(_chunks(text, [(name, tensors[name]) for name in names]), digest.update))
+    return digest.hexdigest()
+
+
+def _hashed(
+    chunks: Iterable[bytes | memoryview], update: Callable[[bytes | memoryview], None]
+) -> Iterator[bytes | memoryview]:
+    for chunk in chunks:
+        update(chunk)
+        yield chunk
 
 
 def _chunks(header: bytes, tensors: list[tuple[str, Made]]) -> Iterator[bytes | memoryview]:

@@ -126,7 +126,7 @@ class Plan:
 def batches_of_step(plan: Plan, step: int) -> Iterator[list[Row]]:
     """The `accumulate` batches of `batch_size` rows of step 0, 1, ...; all rows of a batch share one size.
 
-    Several processes each take their part of every batch: `rows[rank::count]`.
+    Several processes each take their part of every batch: neighbouring rows.
     """
     recipe = plan.recipe
     for number in range(step * recipe.accumulate, (step + 1) * recipe.accumulate):

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from livery.files import write_bytes
+from livery.models import weights_file
+from livery.models.weights_file import Made
 from livery.nouns import LiveryError, Noun, Sample, Sha256, Step, Validation
 
 KEPT = 2
@@ -52,11 +53,12 @@ class Progressed:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Write atomically: a kill leaves the old file or the new one, never a part. The file's SHA-256."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(whole, metadata)
-    write_bytes(path, content)
-    return hashlib.sha256(content).hexdigest()
+    """Write atomically: a kill leaves the old file or the new one, never a part. The file's SHA-256.
+
+    Tensors come to the host one at a time, as they are written.
+    """
+    made = {name: Made(one.dtype, tuple(one.shape), lambda one=one: one) for name, one in tensors.items()}
+    return weights_file.write(path, made, metadata or {})
 
 
 def write(folder: Path, journal: Journal, tensors: Mapping[str, Tensor], needed: Sequence[Path] = ()) -> None:

@@ -207,7 +207,7 @@ class Learner:
     def _update(self, step: int) -> Tensor:
         """Move the parameters along the clipped gradient; its length before that, a scalar on the device."""
         if self._fused:
-            length = torch.tensor(float("inf") if self._fused.skipped else 0.0, device=self._device)
+            length = torch.where(self._fused.broken, float("inf"), 0.0)
         else:
             optimizer = self._optimizers[0]
             self._peers.sum_gradients(self.params.values())

@@ -258,8 +258,9 @@ class FusedBackward:
 
     LOMO, Lv et al. 2023 (arXiv:2306.09782), with a whole optimiser for each parameter. The length of the
     whole gradient is not known in time, so `clip_norm` bounds each parameter's own gradient; 0 bounds
-    none. A gradient that is not finite moves nothing and is counted in `skipped`. The caller sets rates
-    before the backward pass, and never accumulates.
+    none. A gradient that is not finite counts as zero and sets `broken`, a flag on the device: to ask it for
+    each parameter would make the host wait as often. The caller sets rates before the backward pass, reads
+    the flag after it, and never accumulates.
     """
 
     def __init__(
@@ -270,7 +271,7 @@ class FusedBackward:
     ) -> None:
         self.optimizers = {name: build(name, param) for name, param in params.items()}
         self._clip_norm = clip_norm
-        self.skipped = 0
+        self.broken = torch.zeros((), dtype=torch.bool, device=next(iter(params.values())).device)
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._mover(self.optimizers[name]))
             for name, param in params.items()
@@ -285,10 +286,10 @@ class FusedBackward:
     def _mover(self, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
         def move(param: Tensor) -> None:
             norm = nn.utils.clip_grad_norm_([param], self._clip_norm or float("inf"))
-            if torch.isfinite(norm):
-                optimizer.step()
-            else:
-                self.skipped += 1
+            self.broken |= ~torch.isfinite(norm)
+            assert param.grad is not None, "the hook runs when the gradient is there"
+            param.grad.nan_to_num_(0.0, 0.0, 0.0)  # the clipped gradient is then 0 or no number throughout
+            optimizer.step()
             param.grad = None
 
         return move

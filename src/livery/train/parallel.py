@@ -37,8 +37,12 @@ class Peers:
         return self.rank == 0
 
     def part(self, rows: Sequence[T]) -> Sequence[T]:
-        """This process's rows of a batch; may be none."""
-        return rows[self.rank :: self.count]
+        """This process's rows of a batch, neighbours all; may be none.
+
+        So every process has as many rows of a class as of subjects, which stand in turn.
+        """
+        first, end = (len(rows) * rank // self.count for rank in (self.rank, self.rank + 1))
+        return rows[first:end]
 
     def sum_gradients(self, params: Iterable[Parameter]) -> None:
         """Every process gets the sum of all gradients, through one buffer; a missing one counts as zero."""
