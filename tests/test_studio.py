@@ -3,6 +3,9 @@
 Their weights are random: these tests prove that the parts fit together, not that pictures are good.
 """
 
+import json
+import shutil
+import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from livery.nouns import (
     Run,
     Trained,
     Written,
+    sha256_of,
 )
 from livery.store import Store
 from livery.studio import Studio, read_recipe, slug
@@ -135,6 +139,29 @@ def test_evaluate_asks_the_held_out_photos_and_writes_the_page(studio: Studio, t
     assert all(isinstance(event, Written) for event in written)
     assert "<html" in (tmp_path / "report.html").read_text()
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == len(report.pictures)
+
+
+def test_the_run_of_an_adapter_of_an_older_livery_is_found(
+    studio: Studio, home: Path, tmp_path: Path
+) -> None:
+    """Their rows keep the ids that version 1 of the recipe gave them, which are not today's."""
+    shutil.copytree(home / "work", tmp_path / "work")
+    store = Store(tmp_path / "work")
+    (run,) = store.list(Run)
+    adapter = store.get(Adapter, run.adapter).model_dump(mode="json")
+    old = {"base": str(home / "base"), "warmup_steps": 7, "tuners": [{"kind": "lora", "rank": 2}]}
+    adapter["card"] = {**adapter["card"], "recipe": old}
+    record = {**run.model_dump(mode="json"), "recipe": old, "adapter": sha256_of(adapter)}
+    with sqlite3.connect(store.root / "index.sqlite") as index:
+        index.execute("DELETE FROM aliases")
+        index.execute("DELETE FROM nouns WHERE kind IN ('Adapter', 'Run')")
+        for kind, body in (("Adapter", adapter), ("Run", record)):
+            row = (sha256_of(body), kind, "2026-01-01 00:00:00", json.dumps(body))
+            index.execute("INSERT INTO nouns VALUES (?, ?, ?, ?)", row)
+    evaluated = last(Studio(store).evaluate(sha256_of(adapter), judge=str(home / "judge"), quick=True))
+    assert isinstance(evaluated, Evaluated)
+    (found,) = store.list(Run)
+    assert evaluated.report.run == found.id
 
 
 def test_an_exported_adapter_is_the_file_that_diffusers_reads(studio: Studio, tmp_path: Path) -> None:

@@ -668,8 +668,10 @@ class Studio:
         return self.store.get(Dataset, adapter.card.dataset)
 
     def _run_of(self, adapter: Adapter) -> Run | None:
-        """The newest run that made this adapter."""
-        return next((run for run in self.store.list(Run) if run.adapter == adapter.id), None)
+        """The newest run that made this adapter: its file, as an id of an older livery is not today's."""
+        runs = self.store.list(Run)
+        made_it = (run for run in runs if self.store.get(Adapter, run.adapter).sha256 == adapter.sha256)
+        return next(made_it, None)
 
 
 def choose_recipe(path: Path | None, preset: str | None, base: str | None) -> Recipe:
