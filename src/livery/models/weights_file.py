@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -137,6 +137,21 @@ class Made:
 
 def write(path: Path, tensors: Mapping[str, Made], metadata: Mapping[str, str]) -> str:
     """A safetensors file, whole or not at all; its SHA-256. Equal content gives equal bytes."""
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for chunk in chunks(tensors, metadata, where=f"{path}: "):
+            digest.update(chunk)
+            yield chunk
+
+    write_chunks(path, hashed())
+    return digest.hexdigest()
+
+
+def chunks(
+    tensors: Mapping[str, Made], metadata: Mapping[str, str], where: str = ""
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, a tensor at a time; `where` leads the error."""
     # Widest types first, so that every tensor lies at a multiple of its own width.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -153,23 +168,10 @@ def write(path: Path, tensors: Mapping[str, Made], metadata: Mapping[str, str]) 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise LiveryError(f"{path}: the header would be {len(text)} bytes long; write a diffusers folder")
-    digest = hashlib.sha256()
-    write_chunks(path, _hashed(_chunks(text, [(name, tensors[name]) for name in names]), digest.update))
-    return digest.hexdigest()
-
-
-def _hashed(
-    chunks: Iterable[bytes | memoryview], update: Callable[[bytes | memoryview], None]
-) -> Iterator[bytes | memoryview]:
-    for chunk in chunks:
-        update(chunk)
-        yield chunk
-
-
-def _chunks(header: bytes, tensors: list[tuple[str, Made]]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little") + header
-    for name, made in tensors:
+        raise LiveryError(f"{where}the header would be {len(text)} bytes long; write a diffusers folder")
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        made = tensors[name]
         tensor = made.make().detach().to("cpu", made.dtype).contiguous()
         assert tensor.shape == made.shape, name
         if tensor.numel():
