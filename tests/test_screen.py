@@ -1,7 +1,11 @@
 """What a terminal shows of a run."""
 
-from livery.nouns import Recipe, Run, Step, Validation
-from livery.screen import curves
+import io
+
+from rich.console import Console
+
+from livery.nouns import Adapter, AdapterCard, Event, Made, Progress, Recipe, Run, Step, Validation, Written
+from livery.screen import Screen, curves
 
 
 def run(*looks: Validation, chosen: int | None = None) -> Run:
@@ -34,3 +38,25 @@ def test_one_look_is_no_curve_and_a_flat_one_is_drawn():
     assert list(curves(run(Validation(step=0, loss=1.0)))) == []
     (line,) = curves(run(Validation(step=0, loss=1.0), Validation(step=1, loss=1.0)))
     assert "▁▁" in line
+
+
+def shown(*events: Event) -> str:
+    out = io.StringIO()
+    with Screen(Console(file=out, width=80)) as screen:
+        for event in events:
+            screen.show(event)
+    return out.getvalue()
+
+
+def test_without_a_bar_there_is_no_empty_line():
+    assert shown(Written(what="report", path="a.html")) == "report: a.html\n"
+    assert "3/4" in shown(Progress(stage="train", done=3, total=4))
+
+
+def test_a_card_has_no_rows_without_content():
+    facts = AdapterCard(
+        recipe=Recipe(), family="sd1", base_sha256="1" * 64, origin="merged", livery_version="0", step=0
+    )
+    told = shown(Made(adapter=Adapter(sha256="0" * 64, card=facts)))
+    assert "origin" in told
+    assert not {"steps", "licences", "attribution"} & set(told.split())

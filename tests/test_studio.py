@@ -107,18 +107,21 @@ def test_training_again_goes_on_and_ends_in_the_same_adapter(studio: Studio, hom
 
 
 def test_generate_draws_what_was_asked_with_the_trigger(studio: Studio, tmp_path: Path) -> None:
-    def draw(adapter: str | None) -> list[Drawn]:
+    def draw(adapter: str | None, trigger: bool = True, folder: str = "tuned") -> list[Drawn]:
         events = studio.generate(
             ["a cat"], adapter=adapter, base=str(Path(studio.store.root).parent / "base"),
-            count=2, seed=5, steps=2, folder=tmp_path / str(adapter),
+            count=2, seed=5, steps=2, trigger=trigger, folder=tmp_path / folder,
         )  # fmt: skip
         return [event for event in events if isinstance(event, Drawn)]
 
-    tuned, plain = draw("things"), draw(None)
+    tuned, plain = draw("things"), draw(None, folder="plain")
     assert [(drawn.prompt, drawn.seed) for drawn in tuned] == [("a cat, our style", n) for n in (5, 6)]
     assert [drawn.prompt for drawn in plain] == ["a cat", "a cat"]
     assert draw("things") == tuned  # same request, same pictures
-    files = sorted((tmp_path / "things").iterdir())
+    untriggered = draw("things", trigger=False, folder="untriggered")
+    assert [drawn.prompt for drawn in untriggered] == ["a cat", "a cat"]
+    assert {drawn.sha256 for drawn in untriggered}.isdisjoint(drawn.sha256 for drawn in [*tuned, *plain])
+    files = sorted((tmp_path / "tuned").iterdir())
     assert [file.name for file in files] == ["0000-a-cat-our-style-5.png", "0001-a-cat-our-style-6.png"]
     with Image.open(files[0]) as picture:
         assert isinstance(picture, Image.Image)

@@ -208,6 +208,10 @@ def generate(
     negative: Annotated[str, typer.Option(help="What the pictures should not show.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. [default: 20]")] = None,
     guidance: Annotated[float | None, typer.Option(min=1, help="How strictly to follow the prompt.")] = None,
+    trigger: Annotated[
+        bool,
+        typer.Option("--trigger/--no-trigger", help="Add the adapter's trigger where a prompt lacks it."),
+    ] = True,
     folder: Annotated[Path, typer.Option("--out", "-o", help="Where the PNG files go.")] = Path("pictures"),
     device: Device = "auto",
     allow_network: Network = False,
@@ -224,6 +228,7 @@ def generate(
         negative=negative,
         steps=steps,
         guidance=guidance,
+        trigger=trigger,
         folder=folder,
     )
     _show(events, as_json)

@@ -127,7 +127,7 @@ def dry_run(name: str, rank: int = 16) -> Iterator[Finding]:
 
     models = (name,) if name in architectures.NAMES else architectures.of_family(name)
     if not models:
-        known = [*plugins.families(), *architectures.NAMES]
+        known = list(dict.fromkeys([*plugins.families(), *architectures.NAMES]))
         raise LiveryError(f"--family: {unknown_key(name, known)}".replace("key", "name"))
     for model in models:
         shapes = architectures.architecture(model)

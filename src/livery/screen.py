@@ -54,13 +54,13 @@ class Screen:
         self._detail = ""  # what the last step said, for the bar that follows
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._tasks:
+            self._progress.stop()
 
     def show(self, event: Event) -> None:
         match event:
@@ -100,6 +100,8 @@ class Screen:
                 pass  # the files themselves are named by Written
 
     def _bar(self, stage: str, done: int, total: int) -> None:
+        if not self._tasks:
+            self._progress.start()  # not before: without a bar it leaves an empty line
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(escape(stage), total=total or None, detail="")
         self._progress.update(self._tasks[stage], completed=done, total=total or None, detail=self._detail)
@@ -132,7 +134,8 @@ def card(noun: Noun) -> RenderableType:
     table.add_column(overflow="fold")
     table.add_row(type(noun).__name__, f"[bold]{noun.id[:12]}[/bold]")
     for name, value in _rows(noun):
-        table.add_row(name, escape(value))
+        if value:
+            table.add_row(name, escape(value))
     return table
 
 
@@ -169,7 +172,8 @@ def _rows(noun: Noun) -> Iterable[tuple[str, str]]:
             yield "origin", facts.origin
             yield "trigger", ", ".join(facts.trigger_words) or "none"
             yield "tuners", "; ".join(spec.summary for spec in facts.recipe.tuners)
-            yield "steps", f"{facts.step} x {facts.recipe.batch_size * facts.recipe.accumulate} rows"
+            rows = facts.recipe.batch_size * facts.recipe.accumulate
+            yield "steps", f"{facts.step} x {rows} rows" if facts.step else ""
             yield "licences", ", ".join(facts.licences)
             yield "attribution", ", ".join(facts.attributions)
         case nouns.Report():
@@ -212,7 +216,7 @@ def checked_line(event: nouns.Checked) -> str:
     return escape(
         f"read back: {event.matched} tensors matched, {len(event.unmatched)} not"
         + (f" ({strange})" if strange else "")
-        + f"; weights differ by {event.difference:.3g} at most, where they change by {event.largest:.3g}"
+        + f"; largest difference {event.difference:.3g}, largest change {event.largest:.3g}"
     )
 
 
@@ -224,7 +228,7 @@ def reduced_table(event: nouns.Reduced) -> Table:
     for name, share in sorted(event.layers.items(), key=lambda row: row[1])[:10]:
         table.add_row(escape(name), f"{share:.2%}")
     if len(event.layers) > 10:
-        table.add_row(f"and {len(event.layers) - 10} layers that kept more", "")
+        table.add_row(f"and {len(event.layers) - 10} layers that kept as much or more", "")
     if event.left_out:
         table.add_row(f"left out: {len(event.left_out)} parameters, first {escape(event.left_out[0])}", "")
     table.add_row(f"in total (relative error {(1 - event.kept) ** 0.5:.2%})", f"{event.kept:.2%}")

@@ -246,6 +246,8 @@ class Studio:
         """
         found = self.store.get(Adapter, adapter)
         if format == "livery":
+            if path.suffix != ".safetensors":
+                raise LiveryError(f"{path}: format livery writes a file that ends in .safetensors; name one")
             write_bytes(path, self.store.read_blob(found.sha256))
             yield Written(what="adapter", path=str(path))
             return
@@ -368,12 +370,14 @@ class Studio:
         negative: str = "",
         steps: int | None = None,
         guidance: float | None = None,
+        trigger: bool = True,
         folder: Path | None = None,
     ) -> Iterator[Event]:
         """`count` pictures per prompt, with seeds from `seed` on; each is Drawn.
 
         With an adapter the base is the one it was trained on, and its trigger words are added where a
-        prompt lacks them. Pictures also go into `folder` as PNG files that name their origin.
+        prompt lacks them, unless `trigger` is False: to see what became of the class. Pictures also go into
+        `folder` as PNG files that name their origin.
         """
         from livery.generate.engine import GUIDANCE, STEPS, Engine, png_bytes
 
@@ -382,7 +386,7 @@ class Studio:
         engine = Engine(self._backbone(base or (recipe.base if recipe else "starter")))
         yield from (Note(text=note) for note in engine.backbone.notes)
         rows = [
-            (with_trigger(p, recipe.trigger if recipe else ""), seed + n)
+            (with_trigger(p, recipe.trigger if recipe and trigger else ""), seed + n)
             for p in prompts
             for n in range(count)
         ]

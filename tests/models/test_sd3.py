@@ -177,3 +177,13 @@ def test_a_scheduler_of_diffusion_and_a_lost_tokenizer_are_refused():
         rebuilt(base, scheduler=DDPMScheduler())
     with pytest.raises(LiveryError, match="leave out both or none"):
         rebuilt(base, tokenizer_3=None)
+
+
+def test_pictures_beyond_the_table_of_positions_are_refused():
+    """32 x 32 patches of 2 x 2 latent cells of 2 x 2 pixels."""
+    tiny = SD3.tiny(t5=False)
+    words, t = tiny.encode_prompts(["a cat"]), torch.tensor([0.5])
+    assert tiny.latent.factor == 2
+    assert tiny.predict(torch.zeros(1, 16, 16, 64), t, words).shape == (1, 16, 16, 64)
+    with pytest.raises(LiveryError, match=r"of 132 x 32 pixels are too large .* sides end at 128"):
+        tiny.predict(torch.zeros(1, 16, 16, 66), t, words)

@@ -376,3 +376,8 @@ def test_what_a_format_cannot_hold_is_said(card_of: Cards, learnt_by: Learn, tmp
     other = type(base).tiny(seed=1)
     with pytest.raises(LiveryError, match="was made for the base"):
         list(export_adapter(path, card, state, other, "embedding"))
+    with pytest.raises(LiveryError, match=r"format kohya writes a file that ends in \.safetensors"):
+        list(export_adapter(tmp_path / "acme", card, state, base, "kohya"))
+    with pytest.raises(LiveryError, match="format folder writes a folder"):
+        list(export_adapter(path, card, state, base, "folder"))
+    assert list(tmp_path.iterdir()) == []

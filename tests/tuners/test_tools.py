@@ -206,6 +206,8 @@ def test_what_does_not_go_together_is_refused(
         merge_adapters([(taught, 1), (taught, 1)], base, "tiny")
     with pytest.raises(LiveryError, match="teaches words only, which have no rank"):
         resize_adapter(taught, base, "tiny", 2)
+    with pytest.raises(LiveryError, match="no layer above rank 64: give a lower one"):
+        resize_adapter(one, base, "tiny", 64)
     (tmp_path / "taken.safetensors").write_bytes(b"mine")
     with pytest.raises(LiveryError, match="is there already"):
         list(write_merged(tmp_path / "taken.safetensors", base, [(one.layers, 1)]))

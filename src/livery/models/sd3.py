@@ -158,7 +158,18 @@ class SD3(DiffusersBackbone):
         return self.towers[T5](self.tokenize(T5, prompts)["input_ids"])[0]
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """t in [0, 1]. `conditioning.size` is not read: these models know no picture sizes."""
+        """t in [0, 1]. `conditioning.size` is not read: these models know no picture sizes.
+
+        Raises LiveryError for pictures larger than the transformer's table of positions.
+        """
+        config, factor = self.transformer.config, self.latent.factor
+        most = config["pos_embed_max_size"] * config["patch_size"]
+        if max(noisy.shape[-2:]) > most:
+            height, width = (side * factor for side in noisy.shape[-2:])
+            raise LiveryError(
+                f"pictures of {width} x {height} pixels are too large for this base, whose sides end at "
+                f"{most * factor}: set a smaller resolution in [pictures]"
+            )
         return self.transformer(
             hidden_states=noisy,
             timestep=t * TIMES,

@@ -50,7 +50,7 @@ def read_adapter(path: Path) -> tuple[Adapter, dict[str, Tensor]]:
     Raises LiveryError when the file is missing, a pickle, damaged, or an adapter without livery's card.
     """
     content = tensor_file.content_of(path)
-    card = _card(path, tensor_file.metadata_of(path, content))
+    card = _card(path, tensor_file.metadata_of(content))
     names = {theirs: ours for ours, theirs in part_names(DIFFUSERS_PARTS, card.family).items()}
     tensors = tensor_file.tensors_of(path, content)
     state = {_renamed(name, names, f"{path}: "): tensor for name, tensor in tensors.items()}
@@ -59,7 +59,7 @@ def read_adapter(path: Path) -> tuple[Adapter, dict[str, Tensor]]:
 
 def read_card(path: Path) -> AdapterCard:
     """Only the card. Raises LiveryError as `read_adapter` does."""
-    return _card(path, tensor_file.metadata_of(path, tensor_file.content_of(path)))
+    return _card(path, tensor_file.metadata_of(tensor_file.content_of(path)))
 
 
 def attach_adapter(backbone: Backbone, path: Path, *, any_base: bool = False) -> Attached:

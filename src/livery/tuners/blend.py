@@ -60,5 +60,25 @@ class Blend:
                 param.copy_(torch.lerp(start.float(), learnt.float(), self._strength))
 
 
+class Blended:
+    """What is the same of all attached tuners whose parameters are a Blend."""
+
+    def __init__(self, params: Mapping[str, Parameter]) -> None:
+        self._blend = Blend(params)
+
+    @property
+    def params(self) -> Mapping[str, Parameter]:
+        return self._blend.params
+
+    def state(self) -> dict[str, Tensor]:
+        return self._blend.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self._blend.load(state)
+
+    def scale(self, strength: float) -> None:
+        self._blend.scale(strength)
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)

@@ -75,31 +75,38 @@ def export_adapter(
             f"the adapter was made for the base {card.base_sha256[:12]}, this one is {backbone.sha256[:12]}"
         )
     style = style if style.title else Style(**{**vars(style), "title": path.stem})
-    if form in ("checkpoint", "folder"):
-        yield from _export_merged(path, card, state, backbone, form, style)
-        return
     if form in ("embedding", "learned_embeds"):
         yield from _export_words(path, card, words(state), backbone, form, style)
         return
+    check_ending(path, form)
+    found = layers(card.recipe.tuners, state)
     if form == "livery":
-        found = layers(card.recipe.tuners, state)
         yield from _kept(path, form, adapter_bytes(card, state), found, words(state), backbone, "fp32")
         return
-    yield from _export_layers(path, card, state, backbone, form, style)
+    if not found:
+        raise LiveryError("the adapter teaches words only: take the format embedding, or learned_embeds")
+    yield from words_left(state)
+    if form in ("checkpoint", "folder"):
+        yield from write_merged(path, backbone, [(found, 1.0)], style.dtype)
+    else:
+        yield from _export_layers(path, card, found, backbone, form, style)
+
+
+def check_ending(path: Path, form: str) -> None:
+    """Raises LiveryError where a path does not end as the format needs: tools list files by their ending."""
+    if (form == "folder") == (path.suffix == ".safetensors"):
+        wanted = "a folder" if form == "folder" else "a file that ends in .safetensors"
+        raise LiveryError(f"{path}: format {form} writes {wanted}; name one")
 
 
 def _export_layers(
     path: Path,
     card: AdapterCard,
-    state: Mapping[str, Tensor],
+    found: Mapping[str, Layer],
     backbone: Backbone,
     form: str,
     style: Style,
 ) -> Iterator[Event]:
-    found = layers(card.recipe.tuners, state)
-    if not found:
-        raise LiveryError("the adapter teaches words only: take the format embedding, or learned_embeds")
-    yield from words_left(state)
     if style.rank is not None:
         found, report = reduced(found, style.rank, base_weights(backbone))
         yield report
@@ -119,24 +126,6 @@ def _export_layers(
     told = headers(card, backbone, found, tensors, title=style.title, date=style.date, tags=style.tags)
     content = tensor_file.to_bytes(tensors, told | more)
     yield from _kept(path, form, content, found, {}, backbone, style.dtype)
-
-
-def _export_merged(
-    path: Path,
-    card: AdapterCard,
-    state: Mapping[str, Tensor],
-    backbone: Backbone,
-    form: str,
-    style: Style,
-) -> Iterator[Event]:
-    if (form == "checkpoint") != (path.suffix == ".safetensors"):
-        wanted = "a file that ends in .safetensors" if form == "checkpoint" else "a folder"
-        raise LiveryError(f"{path}: format {form} writes {wanted}")
-    found = layers(card.recipe.tuners, state)
-    if not found:
-        raise LiveryError("the adapter teaches words only, which a model's weights have no place for")
-    yield from words_left(state)
-    yield from write_merged(path, backbone, [(found, 1.0)], style.dtype)
 
 
 def words_left(state: Mapping[str, Tensor]) -> Iterator[Event]:

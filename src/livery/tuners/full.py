@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from livery.models.backbone import Backbone
 from livery.nouns import FullSpec, LiveryError
-from livery.tuners.blend import Blend
+from livery.tuners.blend import Blend, Blended
 from livery.tuners.targets import compiled, nothing_matches, tower
 from livery.tuners.tuner import Part
 
@@ -67,31 +67,18 @@ class Full:
             yield from _weights(name, tower(backbone, name))
 
 
-class AttachedFull:
+class AttachedFull(Blended):
     """Weights of the base that learn."""
 
     def __init__(self, params: Mapping[str, Parameter], spec: FullSpec) -> None:
-        self._blend = Blend(params)
+        super().__init__(params)
         self._spec = spec
         self._flags = {name: param.requires_grad for name, param in params.items()}
         for param in params.values():
             param.requires_grad_(True)
 
-    @property
-    def params(self) -> Mapping[str, Parameter]:
-        return self._blend.params
-
-    def state(self) -> dict[str, Tensor]:
-        return self._blend.state()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self._blend.load(state)
-
     def train(self, mode: bool = True) -> None:
         """The base's own dropout, which only T5 has, stays off: there is none to switch."""
-
-    def scale(self, strength: float) -> None:
-        self._blend.scale(strength)
 
     def rate(self, name: str) -> float | None:
         return self._spec.towers.get(name.partition(".")[0], self._spec.learning_rate)

@@ -40,7 +40,7 @@ def import_adapter(
     nothing fits the base, or when the tensors cannot be attached here.
     """
     content = read_file(path, backbone, word)
-    told = tensor_file.metadata_of(path, tensor_file.content_of(path))
+    told = tensor_file.metadata_of(tensor_file.content_of(path))
     if CARD in told and rank is None:
         adapter, state = read_adapter(path)
         attach_state(backbone, adapter.card, state, where=str(path)).undo()
@@ -72,7 +72,7 @@ def read_file(path: Path, backbone: Backbone, word: str = "") -> Content:
     Raises LiveryError when it is a pickle, damaged, of none of these, or of another base model.
     """
     raw = tensor_file.content_of(path)
-    told = tensor_file.metadata_of(path, raw)
+    told = tensor_file.metadata_of(raw)
     if CARD in told:
         return _ours(path, backbone)
     tensors = tensor_file.tensors_of(path, raw)

@@ -60,10 +60,17 @@ def merge_adapters(
 
 
 def resize_adapter(held: Held, backbone: Backbone, base: str, rank: int) -> Result:
-    """An adapter at a lower rank, as plain LoRA; its new words stay."""
+    """An adapter at a lower rank, as plain LoRA; its new words stay.
+
+    Raises LiveryError when it has no layers, or is plain LoRA of no higher rank already.
+    """
     check_bases([held], backbone)
     if not held.layers:
         raise LiveryError(f"adapter {held.name} teaches words only, which have no rank")
+    if all(each.kind == "lora" and not each.is_dora and each.rank <= rank for each in held.layers.values()):
+        raise LiveryError(
+            f"adapter {held.name} is plain LoRA with no layer above rank {rank}: give a lower one"
+        )
     found, report = tools.resize(held.layers, rank, base_weights(backbone))
     vectors = words(held.state)
     origin = f"resized from {held.name} to rank {rank}"

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from livery.models.backbone import Backbone
 from livery.nouns import LiveryError, TokensSpec
-from livery.tuners.blend import Blend
+from livery.tuners.blend import Blend, Blended
 from livery.tuners.targets import tower
 from livery.tuners.tuner import Part
 from livery.tuners.vocabulary import Vocabulary, is_one_token, known_ids
@@ -84,8 +84,11 @@ class Tokens:
         return not self.spec.towers or name in self.spec.towers
 
 
-class AttachedTokens:
-    """New words in a backbone's text encoders. Several sets may be attached, and undone in any order."""
+class AttachedTokens(Blended):
+    """New words in a backbone's text encoders. Several sets may be attached, and undone in any order.
+
+    At strength 0 they read as the words that they start from; prompts without them as the base reads them.
+    """
 
     def __init__(
         self,
@@ -95,25 +98,11 @@ class AttachedTokens:
         params: Mapping[str, Parameter],
     ) -> None:
         self._spec, self._backbone, self._added = spec, backbone, list(added)
-        self._blend = Blend(params)
+        super().__init__(params)
         self._norms = {name: _norm(backbone, name.partition(".")[0]) for name in params}
-
-    @property
-    def params(self) -> Mapping[str, Parameter]:
-        return self._blend.params
-
-    def state(self) -> dict[str, Tensor]:
-        return self._blend.state()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self._blend.load(state)
 
     def train(self, mode: bool = True) -> None:
         """New words have no dropout."""
-
-    def scale(self, strength: float) -> None:
-        """0: the words read as those that they start from; prompts without them as the base reads them."""
-        self._blend.scale(strength)
 
     def rate(self, name: str) -> float | None:
         return self._spec.learning_rate
