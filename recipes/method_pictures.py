@@ -1,4 +1,4 @@
-"""Draw the pictures on the pages about methods: `python docs/method_pictures.py [METHOD ...]`.
+"""Draw the pictures on the pages about methods: `python recipes/method_pictures.py [METHOD ...]`.
 
 Trains each method's preset on the built-in model with the sample brand's 40 pictures, on the CPU, and draws
 prompts that were not among them with the base and with the result, same seeds. Takes minutes per method.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -19,13 +20,13 @@ from livery.starter import brand_folder
 from livery.store import Store
 from livery.studio import Studio
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 METHODS = ("lora", "textual-inversion", "pivotal", "full")
 PROMPTS = ("a wolf", "a fox", "an owl", "a shark", "a butterfly", "a trophy")
 SIDE, EDGE = 96, 6
 
 
-def row(studio: Studio, prompts: list[str], adapter: Adapter | None) -> list[Image.Image]:
+def row(studio: Studio, prompts: Sequence[str], adapter: Adapter | None) -> list[Image.Image]:
     """One picture per prompt, seed 0."""
     events = studio.generate(prompts, adapter=adapter.id if adapter else None, seed=0)
     drawn = [studio.store.read_blob(event.sha256) for event in events if isinstance(event, Drawn)]
@@ -49,9 +50,9 @@ def draw(method: str, folder: Path) -> None:
     studio = Studio(Store(folder))
     events = list(studio.ingest(brand_folder() / "photos", name="OpenMoji"))
     dataset = next(event.dataset for event in events if isinstance(event, Ingested))
-    prompts, recipe = list(PROMPTS), presets.read(f"starter-{method}")
+    recipe = presets.read(f"starter-{method}")
     trained = next(e for e in studio.train(recipe, dataset.id) if isinstance(e, Trained))
-    sheet = grid({"base": row(studio, prompts, None), "tuned": row(studio, prompts, trained.adapter)})
+    sheet = grid({"base": row(studio, PROMPTS, None), "tuned": row(studio, PROMPTS, trained.adapter)})
     sheet.save(IMAGES / f"methods-{method}.png", optimize=True)
 
 
