@@ -92,7 +92,7 @@ class OptimizerSpec(Noun):
 
     kind: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = Field(
         default="adamw",
-        description="'adamw8bit' and 'adafactor' keep less memory, 'prodigy' finds the learning rate",
+        description="less memory: 'adamw8bit' (with livery[cuda]), 'adafactor'; 'prodigy' finds its rate",
     )
     weight_decay: NonNegativeFloat = Field(default=0.01, description="pull of weights to zero")
     betas: tuple[Share, Share] | None = Field(default=None, description="default the optimiser's own")
@@ -146,7 +146,7 @@ class StopSpec(Noun):
         default=0, description="validations without a better one before the run stops; 0 = run to the end"
     )
     min_gain: NonNegativeFloat = Field(default=0.0, description="share by which a better one must be better")
-    keep: Literal["best", "last"] = Field(default="best", description="by held-out loss, or by a given score")
+    keep: Literal["best", "last"] = Field(default="best", description="by held-out loss, or the last step")
     check_effect_at: NonNegativeInt = Field(
         default=50, description="step at which an adapter without effect is an error; 0 = never"
     )

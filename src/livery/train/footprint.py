@@ -98,8 +98,8 @@ class Subject:
             "encoding": max(0, (max(plain) if waits else sum(plain)) - lasting["weights"])
             + caching.peak_bytes,
         }
-        if not on_card:  # a checkpoint is made in the host's memory: a copy, its bytes, and the file of them
-            passing["saving"] = 2 * learned + 2 * (learned + states)
+        if not on_card:  # an adapter is made in the host's memory: the last gradients, a copy, its bytes
+            passing["saving"] = (2 if memory.fused_backward else 3) * learned
         return Footprint(lasting, passing, learned, work)
 
 
