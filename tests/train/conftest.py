@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from PIL import Image
 
-from livery.nouns import Dataset, LowRankSpec, Photo, Recipe
+from livery.nouns import Dataset, LowRankSpec, OptimizerSpec, Photo, PicturesSpec, Recipe, StopSpec
 
 
 @pytest.fixture
@@ -48,8 +48,10 @@ def recipe() -> Recipe:
         steps=4,
         batch_size=2,
         learning_rate=1e-2,
-        warmup_steps=1,
         precision="fp32",
         validate_every=2,
         checkpoint_every=2,
+        pictures=PicturesSpec(buckets=False),
+        optimizer=OptimizerSpec(warmup_steps=1),
+        stop=StopSpec(keep="last"),
     )
