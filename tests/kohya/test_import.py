@@ -367,12 +367,14 @@ def test_without_a_network_the_weights_train(tmp_path: Path) -> None:
         full_bf16 = true
         fused_backward_pass = true
         """
-    recipe = imported(tmp_path, text).recipe
+    found = imported(tmp_path, text)
+    recipe = found.recipe
     (spec,) = recipe.tuners
     assert isinstance(spec, FullSpec)
     assert (recipe.family, recipe.learning_rate) == ("sdxl", 4e-7)
     assert spec.towers == {"text_encoder": 2e-7, "text_encoder_2": 4e-7}
-    assert (recipe.memory.weights, recipe.memory.fused_backward) == ("bf16", True)
+    assert (recipe.memory.weights, recipe.memory.fused_backward) == ("fp32", True)
+    assert row(found, "full_bf16")[0] == "dropped"
 
 
 def test_a_fine_tune_of_the_gui(tmp_path: Path) -> None:

@@ -29,6 +29,19 @@ def test_auto_is_bf16_only_where_the_processor_has_it(
     assert resolve("bf16", CPU) == "bf16"
 
 
+def test_halves_of_weights_that_learn_are_not_kept():
+    """With gradient checkpointing a whole model of them would be: 5 GB for SDXL."""
+    from livery.train.dryrun import Holdings
+
+    layers, x = [torch.nn.Linear(256, 256, bias=False) for _ in range(8)], torch.ones(1, 256)
+    holdings = Holdings()
+    with autocast(CPU, "bf16", 1), holdings:
+        for layer in layers:
+            x = layer(x).detach()
+        assert holdings.held < 2 * 2 * 256 * 256
+    assert x.dtype == torch.bfloat16
+
+
 def test_fp16_is_for_cards_alone():
     assert resolve("fp16", torch.device("cuda")) == "fp16"
     with pytest.raises(LiveryError, match=r"precision 'fp16' is for CUDA cards, this is cpu"):

@@ -229,10 +229,12 @@ def memory(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
         found["fused_backward"] = True
         settings.taken("fused_backward_pass", "memory.fused_backward = true")
     for key in ("full_bf16", "full_fp16"):
-        if settings.on(key):
+        if settings.on(key) and full:
+            settings.dropped(key, "what trains stays in fp32: small steps would be lost in rounding")
+        elif settings.on(key):
             found["weights"] = "bf16"
             say = settings.taken if key == "full_bf16" else settings.changed
-            say(key, 'memory.weights = "bf16"', "of the base; the adapter stays in fp32" if not full else "")
+            say(key, 'memory.weights = "bf16"', "of the base; the adapter stays in fp32")
     for key in ("fp8_base", "fp8_base_unet"):
         if settings.on(key) and (full or dora):
             settings.dropped(key, "kinds 'full' and dora need the weights whole")

@@ -48,6 +48,9 @@ def autocast(device: torch.device, precision: Precision, cells: int) -> Iterator
 
     On a CPU, bf16 attention over few latent cells is faster written out than fused. `cells` counts
     the latent cells of one picture; above 1024 the written-out scores would take too much memory.
+
+    Halves of weights that learn are not kept: none is used twice in a pass, and those of a whole model would
+    live to the end of it, whatever gradient checkpointing saves.
     """
     chosen = resolve(precision, device)
     if chosen == "fp32":
@@ -55,7 +58,7 @@ def autocast(device: torch.device, precision: Precision, cells: int) -> Iterator
         return
     plain = device.type == "cpu" and cells <= 1024
     with (
-        torch.autocast(device.type, HALF[chosen]),
+        torch.autocast(device.type, HALF[chosen], cache_enabled=False),
         sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
     ):
         yield
