@@ -85,7 +85,7 @@ def test_splits_keep_the_order() -> None:
 
 
 def test_the_store_keeps_these_kinds() -> None:
-    assert set(STORED) == {"Dataset", "Adapter", "Run", "Suite", "Report"}
+    assert set(STORED) == {"Dataset", "Estimate", "Adapter", "Run", "Suite", "Report"}
 
 
 @pytest.mark.parametrize(

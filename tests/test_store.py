@@ -18,7 +18,7 @@ from livery import store as store_module
 from livery.nouns import STORED, Adapter, Dataset, LiveryError, Noun, Photo, Suite, sha256_of
 from livery.store import BLOB_KEYS, Store, blobs_of, default_root
 
-NOUN_KEYS = {"id", "adapter", "base_sha256", "dataset", "embedder_sha256", "parent", "run", "suite"}
+NOUN_KEYS = {"id", "adapter", "base_sha256", "dataset", "embedder_sha256", "parent", "recipe", "run", "suite"}
 
 
 @pytest.fixture
