@@ -1,5 +1,6 @@
-"""Trained-like adapters for the tests of adapter files and formats."""
+"""A base to tune, and trained-like adapters for the tests of adapter files and formats."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -7,8 +8,20 @@ import torch
 from torch import Tensor
 
 from livery.models.backbone import Backbone
+from livery.models.sd1 import SD1
 from livery.nouns import AdapterCard, LowRankSpec, Recipe, TunerSpec
 from livery.tuners.tuner import attach_all, build
+
+
+@pytest.fixture(scope="module")
+def original() -> SD1:
+    return SD1.tiny()
+
+
+@pytest.fixture
+def tiny(original: SD1) -> SD1:
+    """A base that a test may change."""
+    return copy.deepcopy(original)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Several tuners as one: pivotal tuning, and what cannot go together."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +7,7 @@ from torch import Tensor
 from livery.models.sd1 import SD1
 from livery.nouns import FullSpec, LiveryError, LowRankSpec, PluginSpec, TokensSpec
 from livery.tuners.tuner import attach_all, build, touched
+from tests.matrix.cells import weights
 
 PIVOTAL = (
     TokensSpec(tokens={"<acme>": "ab"}, vectors=2, learning_rate=5e-3),
@@ -16,25 +15,10 @@ PIVOTAL = (
 )
 
 
-@pytest.fixture(scope="module")
-def original() -> SD1:
-    return SD1.tiny()
-
-
-@pytest.fixture
-def tiny(original: SD1) -> SD1:
-    return copy.deepcopy(original)
-
-
 def answer(backbone: SD1, prompt: str = "<acme> cat") -> Tensor:
     noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return backbone.predict(noisy, torch.tensor([500]), backbone.encode_prompts([prompt]))
-
-
-def weights(backbone: SD1) -> dict[str, Tensor]:
-    parts = backbone.modules().items()
-    return {f"{part}.{name}": t.clone() for part, model in parts for name, t in model.state_dict().items()}
 
 
 def moved(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Full fine-tuning: the weights themselves move, and come back bit for bit."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,16 +8,7 @@ from livery.models.sd1 import SD1
 from livery.nouns import FullSpec, LiveryError, LowRankSpec
 from livery.tuners.full import Full
 from livery.tuners.tuner import Attached, build
-
-
-@pytest.fixture(scope="module")
-def original() -> SD1:
-    return SD1.tiny()
-
-
-@pytest.fixture
-def tiny(original: SD1) -> SD1:
-    return copy.deepcopy(original)
+from tests.matrix.cells import weights
 
 
 def answer(backbone: SD1) -> Tensor:
@@ -32,11 +21,6 @@ def disturb(attached: Attached, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     state = attached.state()
     attached.load({n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
-
-
-def weights(backbone: SD1) -> dict[str, Tensor]:
-    parts = backbone.modules().items()
-    return {f"{part}.{name}": t.clone() for part, model in parts for name, t in model.state_dict().items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from livery import plugins
 from livery.models.backbone import Backbone
+from livery.models.weights_file import CONVERT
 from livery.nouns import AdapterCard, Checked, LiveryError, LowRankSpec, Note, TokensSpec, Written
 from livery.tuners.adapter_file import attach_state
 from livery.tuners.delta import base_weights, deltas, layers
 from livery.tuners.export import Style, export_adapter
 from livery.tuners.formats.names import kohya_places
-from livery.tuners.importing import import_adapter, read_file
+from livery.tuners.importing import import_adapter, read_file, word_widths
 
 Learn = Callable[..., dict[str, Tensor]]
 Cards = Callable[..., AdapterCard]
@@ -358,6 +359,19 @@ def test_a_pickle_is_refused_with_how_to_convert_it(tmp_path: Path):
     torch.save({"string_to_param": {"*": torch.zeros(1, 32)}}, path)
     with pytest.raises(LiveryError, match=r"a pickle, which can run code when read.*weights_only=True"):
         read_file(path, tiny("sd1"))
+
+
+def test_a_word_of_an_old_pickle_is_read_once_it_is_converted(tmp_path: Path):
+    """By the command that the refusal gives; A1111's `*` stands for the file's name."""
+    base = tiny("sd1")
+    width = word_widths(base)["text_encoder"]
+    content = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, width)}, "name": "acme"}
+    torch.save(content, tmp_path / "FILE")
+    exec(CONVERT.split('"')[1].replace("'FILE", f"'{tmp_path}/FILE"), {})
+    found = read_file(tmp_path / "FILE.safetensors", base, "<acme>")
+    assert {key: tuple(rows.shape) for key, rows in found.words.items()} == {
+        ("text_encoder", "<acme>"): (2, width)
+    }
 
 
 def test_what_a_format_cannot_hold_is_said(card_of: Cards, learnt_by: Learn, tmp_path: Path):

@@ -1,6 +1,5 @@
 """Low-rank tuners: harmless to attach, exact to detach, the formulas they cite, honest about targets."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,6 +13,7 @@ from livery.models.sd1 import SD1
 from livery.nouns import LiveryError, LowRankSpec
 from livery.tuners.lowrank import LowRank
 from livery.tuners.tuner import Attached, build
+from tests.matrix.cells import weights
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "mid_block.resnets.0.conv1"
@@ -32,16 +32,6 @@ SPECS = {
 every_kind = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 
 
-@pytest.fixture(scope="module")
-def original() -> SD1:
-    return SD1.tiny()
-
-
-@pytest.fixture
-def tiny(original: SD1) -> SD1:
-    return copy.deepcopy(original)
-
-
 def answer(backbone: SD1, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noisy = torch.randn(2, 4, 16, 16, generator=generator).to(dtype)
@@ -58,11 +48,6 @@ def disturb(attached: Attached, seed: int = 1) -> None:
 
 def anatomy(model: nn.Module) -> list[tuple[str, type, int]]:
     return [(name, type(module), id(module)) for name, module in model.named_modules()]
-
-
-def weights(backbone: SD1) -> dict[str, Tensor]:
-    parts = backbone.modules().items()
-    return {f"{part}.{name}": t.clone() for part, model in parts for name, t in model.state_dict().items()}
 
 
 # ------------------------------------------------------------------ attach, scale, undo

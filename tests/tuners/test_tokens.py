@@ -1,6 +1,5 @@
 """New words: prompts without them stay as they are, and nothing of the base changes."""
 
-import copy
 from typing import Any, cast
 
 import pytest
@@ -24,16 +23,6 @@ from livery.tuners.tuner import build
 
 WORD = "<acme>"
 KEY = f"text_encoder.tokens.{WORD}"
-
-
-@pytest.fixture(scope="module")
-def original() -> SD1:
-    return SD1.tiny()
-
-
-@pytest.fixture
-def tiny(original: SD1) -> SD1:
-    return copy.deepcopy(original)
 
 
 def encoded(backbone: SD1, prompt: str) -> Tensor:

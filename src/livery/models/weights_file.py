@@ -42,7 +42,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CONVERT = (
     'convert it where you trust it: python -c "import torch, safetensors.torch as s; '
-    "d = torch.load('FILE', weights_only=True); d = d.get('state_dict', d); "
+    "d = torch.load('FILE', weights_only=True); "
+    "d = d.get('state_dict') or d.get('string_to_param') or d; "
     "s.save_file({k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}, "
     "'FILE.safetensors')\""
 )

@@ -15,8 +15,8 @@ from livery.nouns import LiveryError
 from livery.tuners.formats.content import Content
 from livery.tuners.formats.names import EMBEDDING_KEYS, part_names
 
-READ = {"emp_params": "emb_params", "t5": "t5xxl"}
-"""Keys that OneTrainer writes -> the usual ones. Read, never written."""
+READ = {"emp_params": "emb_params", "t5": "t5xxl", "*": "emb_params"}
+"""Keys of OneTrainer, and of A1111's pickles once converted (`*`) -> the usual ones. Read, never written."""
 KEYS = ("emb_params", "clip_l", "clip_g", "t5xxl", *READ)
 BUNDLE, BUNDLED_ONE = "bundle_emb.", ".string_to_param.*"
 
