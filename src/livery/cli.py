@@ -44,6 +44,13 @@ Workspace = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON event per line, for scripts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Network = Annotated[bool, typer.Option("--allow-network", help="Let a hub id be downloaded.")]
+RecipeFile = Annotated[Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")]
+Data = Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")]
+Preset = Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="starter, a diffusers folder, a .safetensors file, or a hub id; overrides the recipe."),
+]
 Masks = Literal["ignore", "alpha", "files"]
 Format = Literal["livery", "diffusers", "kohya", "embedding", "learned_embeds", "checkpoint", "folder"]
 Dtype = Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the tensors in the file.")]
@@ -124,14 +131,10 @@ def list_nouns(
 
 @app.command()
 def train(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")
-    ] = None,
-    data: Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")] = ...,  # pyright: ignore[reportArgumentType]
-    preset: Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="starter, a diffusers folder, or a hub id; overrides the recipe.")
-    ] = None,
+    recipe: RecipeFile = None,
+    data: Data = ...,  # pyright: ignore[reportArgumentType]
+    preset: Preset = None,
+    base: Base = None,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from the last checkpoint, or begin again.")
     ] = True,
@@ -157,14 +160,10 @@ def train(
 
 @app.command()
 def estimate(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")
-    ] = None,
-    data: Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")] = ...,  # pyright: ignore[reportArgumentType]
-    preset: Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="starter, a diffusers folder, or a hub id; overrides the recipe.")
-    ] = None,
+    recipe: RecipeFile = None,
+    data: Data = ...,  # pyright: ignore[reportArgumentType]
+    preset: Preset = None,
+    base: Base = None,
     probe: Annotated[bool, typer.Option("--probe", help="Measure 20 steps of the run first.")] = False,
     price: Price = None,
     device: Device = "auto",
@@ -179,14 +178,10 @@ def estimate(
 
 @app.command("find-rate")
 def find_rate(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")
-    ] = None,
-    data: Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")] = ...,  # pyright: ignore[reportArgumentType]
-    preset: Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="starter, a diffusers folder, or a hub id; overrides the recipe.")
-    ] = None,
+    recipe: RecipeFile = None,
+    data: Data = ...,  # pyright: ignore[reportArgumentType]
+    preset: Preset = None,
+    base: Base = None,
     plot: Annotated[Path | None, typer.Option(help="An SVG picture of the curve, written here.")] = None,
     device: Device = "auto",
     allow_network: Network = False,

@@ -66,9 +66,8 @@ def _device() -> Finding:
         card = torch.cuda.get_device_properties(0)
         size = card.total_memory / GIB
         fits = "SD 1.x and 2.x" if size >= 8 else "the starter, and SD 1.x with care"
-        return Finding(
-            what="device", found=f"{card.name}, {size:.0f} GiB", means=f"enough to train LoRA on {fits}"
-        )
+        means = f"enough to train LoRA on {fits}; `livery estimate` says what larger models take"
+        return Finding(what="device", found=f"{card.name}, {size:.0f} GiB", means=means)
     from livery.models.device import device_name, resolve
 
     place = torch.device("cpu")
