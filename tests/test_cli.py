@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from livery import cli
 
@@ -26,6 +27,17 @@ def photos(tmp_path: Path) -> Path:
     (folder / "black.txt").write_text("a black square")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
     return folder
+
+
+def test_help_tells_the_defaults_that_are_no_values() -> None:
+    """In brackets, which rich would take for markup and swallow."""
+    shown = (
+        CliRunner()
+        .invoke(cli.app, ["train", "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+        .stdout
+    )
+    assert "[default: a LoRA on the starter]" in shown
+    assert "[default: LIVERY_HOME or .livery]" in shown
 
 
 def test_help_is_instant_and_never_loads_torch() -> None:

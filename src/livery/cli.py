@@ -39,12 +39,14 @@ app = typer.Typer(
 
 Workspace = Annotated[
     Path | None,
-    typer.Option("--workspace", "-w", help="Folder that holds everything. [default: LIVERY_HOME or .livery]"),
+    typer.Option(
+        "--workspace", "-w", help="Folder that holds everything. \\[default: LIVERY_HOME or .livery]"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON event per line, for scripts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Network = Annotated[bool, typer.Option("--allow-network", help="Let a hub id be downloaded.")]
-RecipeFile = Annotated[Path | None, typer.Argument(help="A TOML file. [default: a LoRA on the starter]")]
+RecipeFile = Annotated[Path | None, typer.Argument(help="A TOML file. \\[default: a LoRA on the starter]")]
 Data = Annotated[str, typer.Option(help="The Dataset: id, beginning of an id, or alias.")]
 Preset = Annotated[str | None, typer.Option(help="Instead of a file: one of `livery presets`.")]
 Base = Annotated[
@@ -61,7 +63,8 @@ MaxCost = Annotated[
     float | None, typer.Option(min=0, help="Estimate first, and refuse a run that would cost more.")
 ]
 Price = Annotated[
-    float | None, typer.Option(min=0, help="Of an hour of this machine. [default: a usual rent of its card]")
+    float | None,
+    typer.Option(min=0, help="Of an hour of this machine. \\[default: a usual rent of its card]"),
 ]
 Kind = Literal["Dataset", "Estimate", "Adapter", "Run", "Suite", "Report"]
 
@@ -69,7 +72,7 @@ Kind = Literal["Dataset", "Estimate", "Adapter", "Run", "Suite", "Report"]
 @app.command()
 def ingest(
     source: Annotated[Path, typer.Argument(help="A folder or zip: pictures with captions beside them.")],
-    name: Annotated[str | None, typer.Option(help="Name of the dataset. [default: the folder's]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the dataset. \\[default: the folder's]")] = None,
     background: Annotated[str, typer.Option(help="Colour that transparency is laid on.")] = "#ffffff",
     validation: Annotated[float, typer.Option(help="Share of the pictures to hold out.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Chooses which are held out.")] = 0,
@@ -77,7 +80,7 @@ def ingest(
         bool, typer.Option("--require-captions", help="Refuse pictures without a caption.")
     ] = False,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Refuse larger pictures. [default: 64 million]")
+        int | None, typer.Option(help="Refuse larger pictures. \\[default: 64 million]")
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of pictures that name none.")] = None,
     attribution: Annotated[str | None, typer.Option(help="Whom to credit, likewise.")] = None,
@@ -197,11 +200,11 @@ def find_rate(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="What to draw; several are fine.")],
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Id or alias.")] = None,
-    base: Annotated[str | None, typer.Option(help="Without an adapter. [default: starter]")] = None,
+    base: Annotated[str | None, typer.Option(help="Without an adapter. \\[default: starter]")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures per prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
     negative: Annotated[str, typer.Option(help="What the pictures should not show.")] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. [default: 20]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. \\[default: 20]")] = None,
     guidance: Annotated[float | None, typer.Option(min=1, help="How strictly to follow the prompt.")] = None,
     trigger: Annotated[
         bool,
@@ -232,7 +235,7 @@ def generate(
 @app.command()
 def evaluate(
     adapter: Annotated[str, typer.Argument(help="Id or alias.")],
-    suite: Annotated[Path | None, typer.Option(help="A TOML file. [default: the held-out photos]")] = None,
+    suite: Annotated[Path | None, typer.Option(help="A TOML file. \\[default: the held-out photos]")] = None,
     judge: Annotated[str, typer.Option(help="starter, or a folder with a CLIP model.")] = "starter",
     quick: Annotated[bool, typer.Option("--quick", help="Ask a few questions only.")] = False,
     require_pass: Annotated[
@@ -290,7 +293,7 @@ def export(
 def import_adapter(
     path: Annotated[Path, typer.Argument(help="A LoRA, LoHa, LoKr or Textual Inversion file.")],
     base: Annotated[str, typer.Option(help="The base model it was made for.")] = "starter",
-    word: Annotated[str, typer.Option(help="Textual Inversion: the new word. [default: the name]")] = "",
+    word: Annotated[str, typer.Option(help="Textual Inversion: the new word. \\[default: the name]")] = "",
     rank: Annotated[int | None, typer.Option(min=1, help="Make it a plain LoRA of this rank.")] = None,
     allow_network: Network = False,
     workspace: Workspace = None,
@@ -305,9 +308,9 @@ def import_adapter(
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="Ids or aliases, of one base.")],
     weights: Annotated[
-        list[float] | None, typer.Option("--weight", help="One for each adapter, in order. [default: 1]")
+        list[float] | None, typer.Option("--weight", help="One for each adapter, in order. \\[default: 1]")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the result. [default: exact]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result. \\[default: exact]")] = None,
     into: Annotated[
         Path | None, typer.Option(help="Write a model: a .safetensors checkpoint, or a diffusers folder.")
     ] = None,
@@ -364,7 +367,7 @@ def import_recipe(
     source: Annotated[Path, typer.Argument(help="sd-scripts' TOML, or the JSON that kohya_ss saves.")],
     path: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path("recipe.toml"),
     family: Annotated[
-        str | None, typer.Option(help="sd1, sdxl or sd3. [default: read from the file]")
+        str | None, typer.Option(help="sd1, sdxl or sd3. \\[default: read from the file]")
     ] = None,
     alpha_as_rank: Annotated[
         bool, typer.Option("--alpha-as-rank", help="Put alpha / rank into the learning rates.")
@@ -384,7 +387,7 @@ def import_recipe(
 
 @app.command()
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Print this one's file. [default: list all]")] = None,
+    name: Annotated[str | None, typer.Argument(help="Print this one's file. \\[default: list all]")] = None,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> None:
