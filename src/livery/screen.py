@@ -155,7 +155,7 @@ def _rows(noun: Noun) -> Iterable[tuple[str, str]]:
             yield "peak memory", held
             parts = sorted(noun.memory_parts.items(), key=lambda part: -part[1])
             yield "made of", ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts if size)
-            yield "memory plan", noun.memory.model_dump_json(exclude={"mode"}, exclude_defaults=True)
+            yield "memory plan", noun.memory.summary
             yield (
                 "time",
                 f"{_time(noun.seconds)} ({noun.step_seconds:.3g} s a step), to {noun.time_error:.0%}",

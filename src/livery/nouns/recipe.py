@@ -138,6 +138,17 @@ class MemorySpec(Noun):
     )
     compile: bool = Field(default=False, description="compile the denoiser's blocks; pays on long GPU runs")
 
+    @property
+    def summary(self) -> str:
+        """For people: "frozen weights in bf16, activations recomputed"."""
+        words = {
+            "activations recomputed": self.checkpointing,
+            "idle parts on the host": self.offload,
+            "fused backward": self.fused_backward,
+            "compiled blocks": self.compile,
+        }
+        return ", ".join([f"frozen weights in {self.weights}", *(text for text, on in words.items() if on)])
+
 
 class StopSpec(Noun):
     """When to look, when to stop, and which checkpoint to end with."""

@@ -150,7 +150,9 @@ def choose(recipe: Recipe, backbone: Backbone, dataset: Dataset) -> tuple[Memory
     fits = looked[-1][0] <= ROOM * free
     needed, plan = looked[-1] if fits else min(looked, key=lambda one: one[0])
     text = (
-        f"Memory: {said(plan)}, the fastest that fits" if fits else f"Memory: even {said(plan)} may not fit"
+        f"Memory: {plan.summary}, the fastest that fits"
+        if fits
+        else f"Memory: even {plan.summary} may not fit"
     )
     return plan, f"{text}: {_gib(needed)} more are needed, {_gib(free)} are free."
 
@@ -170,22 +172,6 @@ def plans_for(recipe: Recipe, backbone: Backbone) -> Iterator[MemorySpec]:
             yield Recipe.model_validate({**recipe.model_dump(), "memory": memory}).memory
         except ValidationError:
             continue
-
-
-def said(plan: MemorySpec) -> str:
-    """A plan in words."""
-    words = [f"frozen weights in {plan.weights}"]
-    words += [
-        text
-        for text, there in (
-            ("activations recomputed", plan.checkpointing),
-            ("idle parts on the host", plan.offload),
-            ("fused backward", plan.fused_backward),
-            ("compiled blocks", plan.compile),
-        )
-        if there
-    ]
-    return ", ".join(words)
 
 
 def _held(backbone: Backbone) -> int:
