@@ -69,7 +69,7 @@ def test_pictures_of_one_colour_are_blank_when_all_are():
     assert not blank([])
 
 
-def warnings_of(seconds: list[float]) -> list[tuple[int, str]]:
+def warnings_of(seconds: list[float], device: str = "cuda") -> list[tuple[int, str]]:
     """What a Pace says of steps of this length, with the number of the step."""
 
     def times() -> Iterator[float]:
@@ -80,7 +80,7 @@ def warnings_of(seconds: list[float]) -> list[tuple[int, str]]:
             yield now
 
     ticks = times()
-    pace, found = Pace(lambda: next(ticks)), []
+    pace, found = Pace(lambda: next(ticks), device), []
     for step in range(len(seconds)):
         pace.start()
         if said := pace.stop():
@@ -92,8 +92,13 @@ def test_steps_that_become_many_times_slower_are_told_once():
     (step, said), *others = warnings_of([0.5] * 15 + [6.0] * 30)
     assert step == 18
     assert "12 times as long as before (6 s, not 0.5 s)" in said
-    assert "memory" in said
+    assert "memory.checkpointing" in said
     assert not others
+
+
+def test_on_a_processor_other_programs_are_the_likely_cause():
+    ((_, said),) = warnings_of([0.5] * 15 + [6.0] * 30, "cpu")
+    assert "other programs want the processor" in said
 
 
 @pytest.mark.parametrize("seconds", [[0.5] * 15 + [6.0] + [0.5] * 15, [30.0] + [0.5] * 30, [0.5, 0.9] * 20])

@@ -78,10 +78,10 @@ def _flat(image: Image.Image) -> bool:
 
 
 class Pace:
-    """Watches how long steps take. `clock` tells seconds."""
+    """Watches how long steps take. `clock` tells seconds; `device` is torch's type of where they are taken."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], device: str = "cuda") -> None:
+        self._clock, self._device = clock, device
         self._seconds: list[float] = []
         self._started = 0.0
         self._warned = False
@@ -96,8 +96,13 @@ class Pace:
         if self._warned or len(usual) < ENOUGH or min(late) < SLOW * median(usual):
             return None
         self._warned = True
+        cause = (
+            "other programs want the processor, or memory is swapped to disk: close some of them"
+            if self._device == "cpu"
+            else "memory runs over into the host's: close other programs on this device, set "
+            "memory.checkpointing, or lower batch_size"
+        )
         return (
             f"Steps suddenly take {median(late) / median(usual):.0f} times as long as before "
-            f"({median(late):.2g} s, not {median(usual):.2g} s). Most likely memory runs over into the "
-            "host's: close other programs on this device, set memory.checkpointing, or lower batch_size."
+            f"({median(late):.2g} s, not {median(usual):.2g} s). Most likely {cause}."
         )

@@ -61,7 +61,7 @@ class Session:
         self._validations: list[Validation] = []
         self._samples: list[Sample] = []
         self._beginning = effect.beginning(learner.params)
-        self._pace = guard.Pace(clock)
+        self._pace = guard.Pace(clock, self._backbone.device.type)
         self._began, self._peak_before = clock(), 0
         self._saved: int | None = None
         self._whole = True  # false while parameters move: such a state must not be saved
