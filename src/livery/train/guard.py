@@ -78,7 +78,7 @@ def _flat(image: Image.Image) -> bool:
 
 
 class Pace:
-    """Watches how long steps take. `clock` tells seconds; `device` is torch's type of where they are taken."""
+    """Watches how long steps take. `clock` tells seconds; `device` is torch's type of where they run."""
 
     def __init__(self, clock: Callable[[], float], device: str = "cuda") -> None:
         self._clock, self._device = clock, device
