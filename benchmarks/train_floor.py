@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from flat_pictures import encoded
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,11 +36,9 @@ from livery.models.backbone import Backbone, Conditioning
 from livery.models.device import HALF, device_name, resolve
 from livery.models.load import load_backbone
 from livery.models.sd1 import SD1
-from livery.nouns import LowRankSpec, MemorySpec, Photo, Recipe
+from livery.nouns import LowRankSpec, MemorySpec, Recipe
 from livery.train.attention import attending, fastest
-from livery.train.batches import Plan
-from livery.train.buckets import Framing
-from livery.train.cache import Encodings, TensorCache
+from livery.train.cache import Encodings
 from livery.train.learner import Learner
 from livery.tuners.tuner import Attached, attach_all, build
 
@@ -168,18 +166,7 @@ def compare(given: argparse.Namespace) -> None:
 
 
 def ours(base: Backbone, recipe: Recipe, folder: Path) -> tuple[Learner, Encodings, Attached]:
-    side = base.resolution
-    photos = [
-        Photo(sha256=f"{i:064x}", width=side, height=side, captions=(f"picture {i}",)) for i in range(16)
-    ]
-
-    def paint(photo: Photo) -> Image.Image:
-        return Image.new("RGB", (side, side), (int(photo.sha256, 16) * 15, 99, 200))
-
-    encodings = Encodings(base, TensorCache(folder), paint, recipe.pictures, towers_train=False)
-    plan = Plan(photos, recipe, Framing.of(recipe, base))
-    for _ in encodings.fill(plan.shown(), plan.captions()):
-        pass
+    plan, encodings = encoded(base, recipe, base.resolution, 16, folder)
     attached = attach_all([build(spec) for spec in recipe.tuners], base)
     return Learner(recipe, base, attached, plan, encodings), encodings, attached
 

@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from flat_pictures import encoded
 
 from livery import plugins
 from livery.models.backbone import Backbone
 from livery.models.device import device_name, peak_memory_bytes
-from livery.nouns import LowRankSpec, MemorySpec, Photo, Recipe
-from livery.train.batches import Plan
-from livery.train.buckets import Framing
-from livery.train.cache import Encodings, TensorCache
+from livery.nouns import LowRankSpec, MemorySpec, Recipe
 from livery.train.costs import products_per_second
 from livery.train.dryrun import Size, shadow, step_work
 from livery.train.learner import Learner
@@ -131,7 +128,7 @@ def one(base: Backbone, name: str, way: str, side: int, batch: int, steps: int) 
     )
     tuners = [build(spec) for spec in recipe.tuners]
     with tempfile.TemporaryDirectory() as folder, waiting(base, memory, towers_train=False):
-        learner = prepared(base, recipe, side, Path(folder))
+        plan, encodings = encoded(base, recipe, side, 4, Path(folder))
         attached = attach_all(tuners, base)
         try:
             with shadow(base) as copied:
@@ -139,29 +136,12 @@ def one(base: Backbone, name: str, way: str, side: int, batch: int, steps: int) 
             with applied(base, memory):
                 if base.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                plan, encodings = learner
                 seconds = timed(Learner(recipe, base, attached, plan, encodings, memory=memory), steps)
                 peak = peak_memory_bytes(base.device)
         finally:
             attached.undo()
             base.sha256 = sha256
     return Result(f"{name}, {side} px", batch, way, seconds, work.flops, peak)
-
-
-def prepared(base: Backbone, recipe: Recipe, side: int, folder: Path) -> tuple[Plan, Encodings]:
-    """Rows of flat pictures, encoded."""
-    photos = [
-        Photo(sha256=f"{i:064x}", width=side, height=side, captions=(f"picture {i}",)) for i in range(4)
-    ]
-
-    def paint(photo: Photo) -> Image.Image:
-        return Image.new("RGB", (side, side), (int(photo.sha256, 16) * 60, 99, 200))
-
-    encodings = Encodings(base, TensorCache(folder), paint, recipe.pictures, towers_train=False)
-    plan = Plan(photos, recipe, Framing.of(recipe, base))
-    for _ in encodings.fill(plan.shown(), plan.captions()):
-        pass
-    return plan, encodings
 
 
 def timed(learner: Learner, steps: int) -> float:

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from livery.models.sd1 import SD1
 from livery.nouns import LiveryError, Photo, Recipe
-from livery.train.buckets import Framing, Shown, View, cover, fit_square, shown_mask, shown_pixels
+from livery.train.buckets import Framing, Shown, View, cover, shown_mask, shown_pixels
 
 SD = Framing((512,), 64)
 SIDES = st.integers(1, 6000)
@@ -92,7 +92,7 @@ def test_squares_are_as_they_were():
     resized = image.resize((32, 49), Image.Resampling.LANCZOS).crop((0, 8, 32, 40))
     expected = torch.from_numpy(np.array(resized, np.float32)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(shown_pixels(image, view), expected)
-    assert torch.equal(fit_square(image, 32), expected)
+    assert torch.equal(shown_pixels(image, cover(*image.size, (32, 32), keep_top=False)), expected)
 
 
 # ------------------------------------------------------------------ heads

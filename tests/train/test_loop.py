@@ -142,14 +142,16 @@ def test_the_loss_of_a_step_is_the_formula_written_out(
 ):
     """Of the first step, where the adapter is a no-op: error times min(snr, 5) / snr times photo weight."""
     from livery.train.batches import Plan, batches_of_step
-    from livery.train.buckets import Framing, fit_square
+    from livery.train.buckets import Framing, cover, shown_pixels
 
     [step, *_] = kind(list(train(recipe, base, dataset, pixels=pixels, folder=tmp_path)), Step)
     levels = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
     alpha_bar = torch.cumprod(1 - levels, 0)
     total = 0.0
     for row in next(batches_of_step(Plan(dataset.split("train"), recipe, Framing.of(recipe, base)), 0)):
-        clean = base.encode_images(fit_square(pixels(row.photo), 32)[None])
+        image = pixels(row.photo)
+        square = cover(*image.size, (32, 32), keep_top=False)
+        clean = base.encode_images(shown_pixels(image, square)[None])
         t = torch.randint(1000, (1,), generator=row.random)
         noise = torch.randn(1, 4, 16, 16, generator=row.random)
         signal = float(alpha_bar[t])

@@ -154,11 +154,6 @@ def shown_mask(mask: Image.Image, view: View, factor: int) -> Tensor:
     return torch.nn.functional.avg_pool2d(whole, factor)[0]
 
 
-def fit_square(image: Image.Image, side: int) -> Tensor:
-    """A picture of any shape -> [3, side, side] in [-1, 1]: the long side is cut evenly at both ends."""
-    return shown_pixels(image, cover(*image.size, (side, side), keep_top=False))
-
-
 def _shown(image: Image.Image, view: View) -> Image.Image:
     box = (view.left, view.top, view.left + view.width, view.top + view.height)
     if not view.flipped:
